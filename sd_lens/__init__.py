@@ -1,0 +1,1 @@
+"""sd_lens: find, explain and edit the high-norm tokens of language models, on TransformerLens."""

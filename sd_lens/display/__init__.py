@@ -1,0 +1,1 @@
+"""Pictures and the report; they see results only, never a model."""

@@ -1,0 +1,1 @@
+"""Which model is looked at: loading, checking, block weights, planted ground truth."""

@@ -1,0 +1,58 @@
+"""The hook points sd_lens uses: the only file that knows how TransformerLens' generations and architectures differ in them.
+
+The block-level names below exist, and mean the same, on every decoder that `TransformerBridge` (3.9 and 4) or
+`HookedTransformer` (3.9) boots: ``resid_post == resid_pre + attn_out + mlp_out`` holds at them. The hooks of sublayers
+(``attn.hook_out``, ``mlp.hook_out``) do not have this property on every architecture and are not used.
+"""
+
+from __future__ import annotations
+
+
+def resid_pre(block: int) -> str:
+    """Residual stream entering a block."""
+    return f"blocks.{block}.hook_resid_pre"
+
+
+def resid_post(block: int) -> str:
+    """Residual stream leaving a block."""
+    return f"blocks.{block}.hook_resid_post"
+
+
+def attn_out(block: int) -> str:
+    """What a block's attention adds to the stream."""
+    return f"blocks.{block}.hook_attn_out"
+
+
+def mlp_out(block: int) -> str:
+    """What a block's FFN adds to the stream."""
+    return f"blocks.{block}.hook_mlp_out"
+
+
+def value(block: int) -> str:
+    """Value vectors, one per key-value head."""
+    return f"blocks.{block}.attn.hook_v"
+
+
+def mixed_values(block: int) -> str:
+    """Value vectors mixed by the attention pattern, one per head (``z``)."""
+    return f"blocks.{block}.attn.hook_z"
+
+
+def pattern(block: int) -> str:
+    """Attention pattern, (batch, head, query, key)."""
+    return f"blocks.{block}.attn.hook_pattern"
+
+
+def ffn_pre(block: int) -> str:
+    """What the FFN's activation function is applied to."""
+    return f"blocks.{block}.mlp.hook_pre"
+
+
+def ffn_linear(block: int) -> str:
+    """The linear branch of a gated FFN."""
+    return f"blocks.{block}.mlp.hook_pre_linear"
+
+
+def residual_points(n_blocks: int) -> list[str]:
+    """The stream after the embedding and after each of the first ``n_blocks`` blocks: ``n_blocks + 1`` hook points."""
+    return [resid_pre(0), *(resid_post(block) for block in range(n_blocks))]

@@ -1,0 +1,189 @@
+"""From a name, a folder or a ready model to a TransformerLens model that the analyses may trust.
+
+Norms and singular vectors belong to the weights as they were trained. Folding a norm's gain into the next matrix, or centring
+what a layer writes, changes both, so a model processed like that is refused rather than analysed wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sd_lens.models.live import LiveWeights, is_mixture_of_experts
+from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.weights import ModelWeights
+
+TINY = Path(__file__).parent / "tiny"
+"""Folder of the small trained model that ships with the package."""
+
+
+class ModelStateWarning(UserWarning):
+    """The model was handed over in a state that sd_lens had to change."""
+
+
+def load(
+    model: str | os.PathLike[str] | TransformerLensModel = "tiny", *, dtype: torch.dtype = torch.float32, **boot: Any
+) -> TransformerLensModel:
+    """A TransformerLens model with the weights it was trained with, in eval mode.
+
+    Args:
+        model: ``"tiny"`` for the model that ships with sd_lens, a folder with a Hugging Face checkpoint, a name on the hub, or a
+            TransformerLens model, which is checked and passed through.
+        dtype: What a loaded model's weights are converted to; a ready model keeps its own.
+        **boot: Passed on to `TransformerBridge.boot_transformers` (``device``, ``trust_remote_code``, ...).
+
+    Returns:
+        The model. One that was in training mode has been put into eval mode, which is said in a `ModelStateWarning`.
+
+    Raises:
+        ValueError: The model is not a TransformerLens model, has folded or centred weights, or is not a causal decoder; the folder
+            has no config.json or an unusable one; no model of this name can be had.
+        FileNotFoundError: The folder does not exist.
+
+    Example:
+        >>> load("tiny").cfg.model_name
+        'tiny'
+    """
+    if isinstance(model, str | os.PathLike):
+        loaded = _boot(os.fspath(model), dtype, boot)
+    else:
+        if boot:
+            raise ValueError(f"boot options: got {', '.join(sorted(boot))} with a ready model; allowed: none")
+        loaded = model
+    require_usable(loaded)
+    if isinstance(loaded, nn.Module) and loaded.training:
+        if not isinstance(model, str | os.PathLike):
+            message = "the model was in training mode; sd_lens has put it into eval mode"
+            warnings.warn(message, ModelStateWarning, stacklevel=2)
+        loaded.eval()
+    return loaded
+
+
+def _boot(name: str, dtype: torch.dtype, boot: dict[str, Any]) -> Any:
+    if name == "tiny":
+        return _boot_from(str(TINY), dtype, boot, shown="tiny")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _require_decoder_config(folder)
+        return _boot_from(str(folder), dtype, boot, shown=folder.resolve().name)
+    if folder.exists():
+        raise ValueError(f"model: {name} is a file; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
+    if not name or _is_path(name):
+        raise FileNotFoundError(f"model: no folder {name!r}; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
+    return _boot_from(name, dtype, boot, shown=name)
+
+
+def _is_path(name: str) -> bool:
+    """Hub names are ``name`` or ``owner/name``; whatever has more separators, or begins like a path, was meant as one."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+
+
+def _require_decoder_config(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model: folder {folder} has no config.json; allowed: a folder with a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"model: {path} is not valid JSON ({error}); allowed: a Hugging Face config.json") from None
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if config.get("is_encoder_decoder") or any("MaskedLM" in name or name == "BertModel" for name in names or ()):
+        raise ValueError(f"model: {folder} holds {', '.join(names or ['an encoder'])}; allowed: causal decoders")
+
+
+def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    options = {"device": "cpu"} | boot
+    try:
+        model = TransformerBridge.boot_transformers(source, dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name") from error
+    # Bridges name a local checkpoint by its whole path, which says more about the machine than about the model.
+    model.cfg.model_name = shown
+    return model
+
+
+def require_usable(model: Any) -> None:
+    """Raises `ValueError` unless the model is a TransformerLens decoder with the weights it was trained with."""
+    if not isinstance(model, TransformerLensModel):
+        raise ValueError(
+            f"model: got {type(model).__name__}; allowed: a TransformerLens model (TransformerBridge, or HookedTransformer on 3.9)"
+        )
+    if getattr(model.cfg, "attention_dir", "causal") != "causal" or _is_encoder_decoder(model):
+        raise ValueError("model: got an encoder (its tokens see those after them); allowed: causal decoders")
+    processed = _processing(model)
+    if processed:
+        raise ValueError(
+            f"model: its weights are {processed}, which changes norms and singular vectors; allowed: unprocessed weights (boot without "
+            "weight processing, or with enable_compatibility_mode(no_processing=True))"
+        )
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _processing(model: Any) -> str:
+    """What was done to the weights after training, or an empty string."""
+    if getattr(model, "_weights_processed", False):
+        return "folded or centred"
+    if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
+        return "folded (the norms have no gain any more)"
+    if not is_mixture_of_experts(model) and _is_centred(model):
+        return "centred (what the layers write has mean zero)"
+    return ""
+
+
+def _is_centred(model: Any) -> bool:
+    # Only models with a LayerNorm are ever centred: it leaves their output unchanged, as an RMSNorm would not.
+    block = LiveWeights(model)[0]
+    norm = block.ffn.norm or block.attention.norm
+    if norm is None or norm.kind != "layer":
+        return False
+    rows = block.ffn.W_out.float()
+    return bool(rows.mean(-1).abs().max() < 1e-5 * rows.abs().mean()) and bool(rows.abs().max() > 0)
+
+
+def weights_of(model: TransformerLensModel) -> ModelWeights:
+    """The blocks of a model as `BlockWeights`, read one at a time.
+
+    Args:
+        model: A TransformerLens model.
+
+    Returns:
+        A sequence of blocks: ``len()``, indexing, iteration, ``d_model``.
+
+    Raises:
+        ValueError: The model is not a causal TransformerLens decoder with unprocessed weights.
+
+    Example:
+        >>> weights_of(load("tiny"))[0].ffn.gated
+        True
+    """
+    require_usable(model)
+    return LiveWeights(model)
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Runs the body without gradients and in eval mode, and gives every module its own mode back."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,1 @@
+"""What a forward pass shows: norms, high-norm tokens, the defect direction."""
