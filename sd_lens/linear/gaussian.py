@@ -89,9 +89,7 @@ def _quadrature(fn, mean: Tensor, std: Tensor, reach: float) -> tuple[Tensor, Te
     return totals[0], totals[1], totals[2]
 
 
-def activation_moments(
-    activation: Activation, mean: Float[Tensor, "n"], std: Float[Tensor, "n"]
-) -> ActivationMoments:
+def activation_moments(activation: Activation, mean: Float[Tensor, "n"], std: Float[Tensor, "n"]) -> ActivationMoments:
     """Gaussian expectations of an activation, one per neuron, in float64.
 
     ReLU and GELU (erf) have exact formulas. SiLU and GELU (tanh) are integrated as ReLU plus a difference that vanishes away from
@@ -150,7 +148,10 @@ class _Moments:
 
 
 def _input_moments(norm: NormWeights | None, d_model: int, inputs: Inputs, like: Tensor) -> _Moments:
-    zeros, ones = torch.zeros(d_model, dtype=like.dtype, device=like.device), torch.ones(d_model, dtype=like.dtype, device=like.device)
+    zeros, ones = (
+        torch.zeros(d_model, dtype=like.dtype, device=like.device),
+        torch.ones(d_model, dtype=like.dtype, device=like.device),
+    )
     if inputs == "unit" or norm is None:
         return _Moments(zeros, ones)
     bias = zeros if norm.bias is None else norm.bias.to(like)

@@ -14,9 +14,12 @@ Maps act on residual vectors in the last axis, any number of batch axes before i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from jaxtyping import Float
@@ -25,6 +28,9 @@ from torch import Tensor
 
 from sd_lens.linear.gaussian import FFNFit, Inputs, fit_ffn
 from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, NormWeights
+
+
+_Layer = TypeVar("_Layer", AttentionWeights, FFNWeights)
 
 
 class LinearMap(ABC):
@@ -60,17 +66,16 @@ class LinearMap(ABC):
     def as_linear_operator(self) -> LinearOperator:
         """The map as scipy's `LinearOperator` in float64, for any of scipy's solvers."""
 
-        def on_columns(product):
-            def apply(columns):
+        def on_columns(product: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+            def apply(columns: np.ndarray) -> np.ndarray:
                 rows = torch.from_numpy(columns.reshape(self.d_model, -1).T.copy()).to(self.like)
                 return product(rows).T.double().cpu().numpy().reshape(columns.shape)
 
             return apply
 
         forward, backward = on_columns(self.mv), on_columns(self.rmv)
-        return LinearOperator(  # pyright: ignore[reportCallIssue]  # scipy's stub knows the subclass form only
-            dtype="float64", shape=self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward
-        )
+        products: dict[str, Any] = {"matvec": forward, "rmatvec": backward, "matmat": forward, "rmatmat": backward}
+        return LinearOperator(dtype="float64", shape=self.shape, **products)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(d_model={self.d_model}, dtype={self.like.dtype}, device={self.like.device})"
@@ -126,33 +131,38 @@ class FFNMap(LinearMap):
 
     def __init__(self, weights: FFNWeights, fit: FFNFit):
         self.fit = fit
-        self._weights = weights
+        self._norm, self._W_out = weights.norm, weights.W_out
+        self._branches = [(weights.W_in, fit.in_coefficient)]
+        if weights.W_gate is not None and fit.gate_coefficient is not None:
+            self._branches.append((weights.W_gate, fit.gate_coefficient))
 
     @property
     def like(self) -> Tensor:
         """Any tensor of the dtype and on the device that products are computed in."""
-        return self._weights.W_out
+        return self._W_out
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self._weights.W_out.shape[1]
+        return self._W_out.shape[1]
 
     def mv(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The map applied to vectors."""
-        x = _after_norm(self._weights.norm, x)
-        hidden = (x @ self._weights.W_in) * self.fit.in_coefficient
-        if self._weights.W_gate is not None:
-            hidden = hidden + (x @ self._weights.W_gate) * self.fit.gate_coefficient
-        return hidden @ self._weights.W_out
+        x = _after_norm(self._norm, x)
+        (weight, coefficient), *gate = self._branches
+        hidden = (x @ weight) * coefficient
+        for weight, coefficient in gate:
+            hidden = hidden + (x @ weight) * coefficient
+        return hidden @ self._W_out
 
     def rmv(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The transposed map applied to vectors."""
-        hidden = y @ self._weights.W_out.mT
-        x = (hidden * self.fit.in_coefficient) @ self._weights.W_in.mT
-        if self._weights.W_gate is not None:
-            x = x + (hidden * self.fit.gate_coefficient) @ self._weights.W_gate.mT
-        return _before_norm(self._weights.norm, x)
+        hidden = y @ self._W_out.mT
+        (weight, coefficient), *gate = self._branches
+        x = (hidden * coefficient) @ weight.mT
+        for weight, coefficient in gate:
+            x = x + (hidden * coefficient) @ weight.mT
+        return _before_norm(self._norm, x)
 
 
 class _Composite(LinearMap):
@@ -256,11 +266,12 @@ class BlockMap(LinearMap):
         return self.block.rmv(y)
 
 
-def _in_working_dtype(layer):
+def _in_working_dtype(layer: _Layer) -> _Layer:
     """The layer with every tensor in float32, or as it is where it has float64: half precision has too few digits to iterate on."""
-    working = torch.promote_types(layer.W_out.dtype if isinstance(layer, FFNWeights) else layer.W_O.dtype, torch.float32)
+    stored = layer.W_out if isinstance(layer, FFNWeights) else layer.W_O
+    working = torch.promote_types(stored.dtype, torch.float32)
 
-    def convert(value):
+    def convert(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().to(working)
         if isinstance(value, NormWeights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,9 @@ def leading_singular(linear_map: LinearMap, k: int = 1, *, seed: int = 0) -> Sin
         u, s, vt = np.linalg.svd(linear_map.to_dense().double().cpu().numpy())
     else:
         start = np.random.default_rng(seed).standard_normal(d)
-        u, s, vt = svds(linear_map.as_linear_operator(), k=k, v0=start, tol=1e-10, maxiter=50 * d)
+        options: dict[str, Any] = {"v0": start, "tol": 1e-10, "maxiter": 50 * d}
+        found: Any = svds(linear_map.as_linear_operator(), k=k, **options)
+        u, s, vt = found
     order = np.argsort(-s)[:k]
     u, s, v = u[:, order], s[order], vt[order].T
     sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(k)])
@@ -92,9 +94,7 @@ class Eigenpair:
 _KRYLOV = 48
 
 
-def eigen_nearest(
-    linear_map: LinearMap, direction: Float[Tensor, "d"], *, tol: float = 1e-5, max_krylov: int = 384
-) -> Eigenpair:
+def eigen_nearest(linear_map: LinearMap, direction: Float[Tensor, "d"], *, tol: float = 1e-5, max_krylov: int = 384) -> Eigenpair:
     """The eigenpair whose eigenvector makes the smallest acute angle with a direction.
 
     Arnoldi's method from the direction: the Krylov space it spans holds a nearby eigenvector after a few products. It grows

@@ -75,7 +75,14 @@ class Check:
         if needed is None:
             known = ", ".join(_ANALYSES)
             raise ValueError(f"analysis: got {analysis!r}; allowed: one of {known}")
-        return all(row.passed for row in self.rows if row.check in needed)
+        return not self._against(needed)
+
+    def _against(self, needed: tuple[str, ...]) -> list[str]:
+        """What stands against an analysis that needs these checks: those that did not pass, or were not reached."""
+        rows = {row.check: row for row in self.rows}
+        not_reached = CheckRow("", None, detail="not measured")
+        outcomes = {check: rows.get(check, not_reached) for check in needed}
+        return [f"{check}: {row.detail or 'deviates'}" for check, row in outcomes.items() if not row.passed]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per check."""
@@ -83,12 +90,10 @@ class Check:
 
     def analyses(self) -> pd.DataFrame:
         """One row per group of analyses: whether it applies, and what stands against it."""
-        failed = {row.check: row for row in self.rows if not row.passed}
-        rows = []
-        for names, needs in _ANALYSES.items():
-            against = [f"{check}: {failed[check].detail or 'deviates'}" for check in needs if check in failed]
-            rows.append({"analyses": names, "applies": not against, "because": "; ".join(against)})
-        return pd.DataFrame(rows)
+        found = {names: self._against(needed) for names, needed in _ANALYSES.items()}
+        return pd.DataFrame(
+            [{"analyses": names, "applies": not against, "because": "; ".join(against)} for names, against in found.items()]
+        )
 
     def __repr__(self) -> str:
         passed = sum(row.passed is True for row in self.rows)
@@ -133,7 +138,11 @@ def check(model: TransformerLensModel, *, seed: int = 0) -> Check:
     ]
     cache = _capture(model, tokens, [*dict.fromkeys(residual), *(name for name in optional if _has_hook(model, name))])
     tolerance = _TOLERANCE.get(cache[hook_names.resid_pre(0)].dtype, _HALF_TOLERANCE)
-    rows = [CheckRow("residual hooks", True), _identity(cache, n_blocks, tolerance), _causality(model, tokens, cache, tolerance)]
+    rows = [
+        CheckRow("residual hooks", True),
+        _identity(cache, n_blocks, tolerance),
+        _causality(model, tokens, cache, tolerance),
+    ]
     rows += _rebuilt(model, cache, tolerance)
     return Check(_name(model), tolerance, tuple(rows))
 
@@ -209,7 +218,8 @@ def _rebuilt(model: TransformerLensModel, cache: dict[str, Tensor], tolerance: f
     except ValueError as error:
         return [CheckRow(name, None, detail=str(error)) for name in (*names, "norms before the sublayers")]
     rows = [
-        _row(name, errors[name], tolerance) if errors[name] else CheckRow(name, None, detail="hook points missing") for name in names
+        _row(name, errors[name], tolerance) if errors[name] else CheckRow(name, None, detail="hook points missing")
+        for name in names
     ]
     detail = "a norm stands after a sublayer" if post_norm else ""
     return [*rows, CheckRow("norms before the sublayers", not post_norm, detail=detail)]

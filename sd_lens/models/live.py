@@ -76,7 +76,7 @@ def _norms(model: Any, block: Any) -> dict[str, NormWeights | None]:
 def _activation(mlp: Any) -> Activation:
     for owner in (getattr(mlp, "original_component", None), mlp):
         for name in _ACTIVATION_NAMES:
-            fn = getattr(owner, name, None)
+            fn: Any = getattr(owner, name, None)
             if callable(fn):
                 return identify(fn)
     raise ValueError(

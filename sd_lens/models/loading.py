@@ -52,6 +52,7 @@ def load(
         >>> load("tiny").cfg.model_name
         'tiny'
     """
+    loaded: Any
     if isinstance(model, str | os.PathLike):
         loaded = _boot(os.fspath(model), dtype, boot)
     else:
@@ -70,13 +71,15 @@ def load(
 def _boot(name: str, dtype: torch.dtype, boot: dict[str, Any]) -> Any:
     if name == "tiny":
         return _boot_from(str(TINY), dtype, boot, shown="tiny")
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # unlike Path.expanduser it leaves a user nobody knows as it stands
+    if not name:
+        raise FileNotFoundError("model: got an empty name; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
     if folder.is_dir():
         _require_decoder_config(folder)
         return _boot_from(str(folder), dtype, boot, shown=folder.resolve().name)
     if folder.exists():
         raise ValueError(f"model: {name} is a file; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
-    if not name or _is_path(name):
+    if _is_path(name):
         raise FileNotFoundError(f"model: no folder {name!r}; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
     return _boot_from(name, dtype, boot, shown=name)
 
@@ -94,8 +97,10 @@ def _require_decoder_config(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"model: {path} is not valid JSON ({error}); allowed: a Hugging Face config.json") from None
-    names = config.get("architectures") if isinstance(config, dict) else None
-    if config.get("is_encoder_decoder") or any("MaskedLM" in name or name == "BertModel" for name in names or ()):
+    if not isinstance(config, dict):
+        raise ValueError(f"model: {path} holds no JSON object; allowed: a Hugging Face config.json")
+    names = [str(name) for name in config.get("architectures") or ()]
+    if config.get("is_encoder_decoder") or any("MaskedLM" in name or name == "BertModel" for name in names):
         raise ValueError(f"model: {folder} holds {', '.join(names or ['an encoder'])}; allowed: causal decoders")
 
 
@@ -107,7 +112,9 @@ def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: 
         model = TransformerBridge.boot_transformers(source, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name") from error
+        raise ValueError(
+            f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name"
+        ) from error
     # Bridges name a local checkpoint by its whole path, which says more about the machine than about the model.
     model.cfg.model_name = shown
     return model

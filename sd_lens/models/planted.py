@@ -336,6 +336,8 @@ def _llama(layout: _Layout, blocks: list[_Matrices], embedding: Tensor, context:
         max_position_embeddings=context,
         rms_norm_eps=1e-12,  # the faint trigger must not drown in it
         tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = _quietly(LlamaForCausalLM, config)
     for layer, block in zip(model.model.layers, blocks, strict=True):
@@ -364,6 +366,8 @@ def _gpt2(layout: _Layout, blocks: list[_Matrices], embedding: Tensor, context: 
         n_positions=context,
         layer_norm_epsilon=1e-12,
         tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = _quietly(GPT2LMHeadModel, config)
     for layer, block in zip(model.transformer.h, blocks, strict=True):
@@ -396,6 +400,8 @@ def _gpt_neox(layout: _Layout, blocks: list[_Matrices], embedding: Tensor, conte
         layer_norm_eps=1e-12,
         use_parallel_residual=True,
         tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = _quietly(GPTNeoXForCausalLM, config)
     for layer, block in zip(model.gpt_neox.layers, blocks, strict=True):

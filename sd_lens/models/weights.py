@@ -142,9 +142,7 @@ class FFNWeights:
         """What the projections see of the residual stream."""
         return resid if self.norm is None else self.norm(resid)
 
-    def pre(
-        self, x: Float[Tensor, "*batch d_model"]
-    ) -> tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "*batch d_mlp"] | None]:
+    def pre(self, x: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "*batch d_mlp"] | None]:
         """Pre-activations of an already normalised input.
 
         Returns:
@@ -213,7 +211,9 @@ class BlockWeights:
         for name, tensor in self.named_tensors():
             if not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(f"weights: {name} of block {self.block} holds {bad} NaN or infinite entries; allowed: finite numbers")
+                raise ValueError(
+                    f"weights: {name} of block {self.block} holds {bad} NaN or infinite entries; allowed: finite numbers"
+                )
 
 
 class ModelWeights(ABC):

@@ -1,0 +1,104 @@
+"""Prompts as token ids, and token ids as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sd_lens.models.protocol import TransformerLensModel
+
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Sequence[Int[Tensor, "_"]]
+"""One prompt, several, or token ids: a (batch, pos) tensor, or one-dimensional tensors of any lengths."""
+
+_ALLOWED = "a string, a list of strings, a (batch, pos) tensor of token ids, or a list of one-dimensional ones"
+
+
+def tokenize(model: TransformerLensModel, prompts: Prompts, *, prepend_bos: bool | None = None) -> list[Int[Tensor, "_"]]:
+    """Token ids of prompts, one tensor each, without padding.
+
+    Strings are tokenised by the model's own `to_tokens` with its conventions about BOS. Token ids are taken as they are; of a
+    (batch, pos) tensor, such as `to_tokens` returns for a list of strings, trailing padding is cut off.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: The prompts.
+        prepend_bos: Passed to `to_tokens`; None is the model's default.
+
+    Returns:
+        One tensor per prompt, on the CPU.
+
+    Raises:
+        ValueError: There is no prompt, one is empty or longer than the model's context, ids are outside of the vocabulary, padding
+            stands on the left, or strings are given for a model without tokenizer.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, Tensor):
+        sequences = _rows(model, prompts)
+    elif not isinstance(prompts, Sequence) or len(prompts) == 0:
+        got = "no prompt" if isinstance(prompts, Sequence) else type(prompts).__name__
+        raise ValueError(f"prompts: got {got}; allowed: {_ALLOWED}")
+    elif all(isinstance(prompt, str) for prompt in prompts):
+        sequences = [_encode(model, str(prompt), prepend_bos) for prompt in prompts]
+    elif all(isinstance(prompt, Tensor) and prompt.ndim == 1 for prompt in prompts):
+        sequences = [torch.as_tensor(prompt) for prompt in prompts]
+    else:
+        raise ValueError(f"prompts: got a list of {', '.join(sorted({type(p).__name__ for p in prompts}))}; allowed: {_ALLOWED}")
+    sequences = [sequence.detach().cpu() for sequence in sequences]
+    for number, sequence in enumerate(sequences):
+        _require_valid(model, number, sequence)
+    return [sequence.long() for sequence in sequences]
+
+
+def _encode(model: TransformerLensModel, prompt: str, prepend_bos: bool | None) -> Tensor:
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError("prompts: got text for a model without tokenizer; allowed: token ids")
+    if not prompt:
+        raise ValueError("prompts: got an empty prompt; allowed: prompts of at least one character")
+    return model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0]
+
+
+def _rows(model: Any, tokens: Tensor) -> list[Tensor]:
+    if tokens.ndim == 1:
+        tokens = tokens.unsqueeze(0)
+    if tokens.ndim != 2 or tokens.shape[0] == 0:
+        raise ValueError(f"prompts: got a tensor of shape {tuple(tokens.shape)}; allowed: {_ALLOWED}")
+    tokenizer = getattr(model, "tokenizer", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or len(tokens) == 1 or tokens.shape[1] == 0:
+        return list(tokens)
+    if pad != getattr(tokenizer, "bos_token_id", None) and bool((tokens[:, 0] == pad).any()):
+        raise ValueError("prompts: got token ids padded on the left; allowed: padding on the right, or a list of unpadded tensors")
+    # The last token that is no padding ends the prompt; the first stays in any case, it may be a BOS with the padding's id.
+    kept = (tokens != pad).long() * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return [row[: max(1, int(length))] for row, length in zip(tokens, kept.amax(dim=1), strict=True)]
+
+
+def _require_valid(model: TransformerLensModel, number: int, sequence: Tensor) -> None:
+    if sequence.is_floating_point() or sequence.dtype == torch.bool:
+        raise ValueError(f"prompts: prompt {number} has dtype {sequence.dtype}; allowed: integer token ids")
+    if sequence.numel() == 0:
+        raise ValueError(f"prompts: prompt {number} is empty; allowed: prompts of at least one token")
+    context = getattr(model.cfg, "n_ctx", None)
+    if context and len(sequence) > context:
+        raise ValueError(f"prompts: prompt {number} has {len(sequence)} tokens; allowed: at most {context}, the model's context")
+    low, high = int(sequence.min()), int(sequence.max())
+    vocabulary = model.cfg.d_vocab
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"prompts: prompt {number} has token ids {low} to {high}; allowed: 0 to {vocabulary - 1}")
+
+
+def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
+    """Every token id as text on its own; as ``<id>`` where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    known: dict[int, str] = {}
+    texts = []
+    for token in ids:
+        if token not in known:
+            known[token] = f"<{token}>" if tokenizer is None else str(tokenizer.decode([token]))
+        texts.append(known[token])
+    return texts

@@ -1,0 +1,54 @@
+"""Prompts of any lengths in batches of similar ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded on the right to one length.
+
+    Attributes:
+        tokens: Token ids; padding repeats an arbitrary valid id, which no token before it can see.
+        mask: True where a token is the prompt's own.
+        flat: Index of each token among all tokens of all prompts, in the prompts' order; 0 at padding.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    flat: Int[Tensor, "batch pos"]
+
+
+def batches(sequences: Sequence[Int[Tensor, "_"]], *, batch_tokens: int) -> list[Batch]:
+    """Batches of prompts sorted by length, longest first, so that padding is small and memory peaks at the beginning.
+
+    Args:
+        sequences: One tensor of token ids per prompt.
+        batch_tokens: Largest number of tokens in a batch, padding included; a longer prompt makes a batch of its own.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens: got {batch_tokens}; allowed: at least 1")
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    order = torch.argsort(lengths, descending=True, stable=True).tolist()
+    result = []
+    while order:
+        longest = len(sequences[order[0]])
+        size = max(1, batch_tokens // longest)
+        chosen, order = order[:size], order[size:]
+        tokens = torch.zeros(len(chosen), longest, dtype=torch.long)
+        flat = torch.zeros_like(tokens)
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, prompt in enumerate(chosen):
+            length = len(sequences[prompt])
+            tokens[row, :length] = sequences[prompt]
+            flat[row, :length] = torch.arange(starts[prompt], starts[prompt] + length)
+            mask[row, :length] = True
+        result.append(Batch(tokens, mask, flat))
+    return result
