@@ -1,1 +1,65 @@
-"""sd_lens: find, explain and edit the high-norm tokens of language models, on TransformerLens."""
+"""sd_lens: find, explain and edit the high-norm tokens of language models, on TransformerLens.
+
+Ten lines to begin with::
+
+    import sd_lens
+
+    model = sd_lens.load("tiny")
+    trace = sd_lens.trace_norms(model, ["The cat sat.", "On the mat."])
+    defects = sd_lens.find_defects(trace)
+    table = sd_lens.block_directions(model, defects.direction.direction)
+"""
+
+from sd_lens.findings import Findings, analyse
+from sd_lens.linear.angles import acute_angle, mean_pairwise_angle
+from sd_lens.linear.directions import BlockDirections, block_directions
+from sd_lens.linear.maps import BlockMap, LinearMap, linearize
+from sd_lens.linear.spectra import Eigenpair, SingularTriplets, eigen_nearest, leading_singular
+from sd_lens.models.check import Check, check
+from sd_lens.models.loading import ModelStateWarning, load, weights_of
+from sd_lens.models.planted import Planted, planted
+from sd_lens.models.weights import BlockWeights, ModelWeights
+from sd_lens.reporting import report
+from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
+from sd_lens.tracing.defects import Defects, HighNormToken, defect_direction, find_defects
+from sd_lens.tracing.direction import DefectDirection
+from sd_lens.tracing.monitor import NormMonitor
+from sd_lens.tracing.norms import NormTrace, trace_norms
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockDirections",
+    "BlockMap",
+    "BlockWeights",
+    "Check",
+    "DefectDirection",
+    "Defects",
+    "Eigenpair",
+    "Findings",
+    "HighNormToken",
+    "LinearMap",
+    "ModelStateWarning",
+    "ModelWeights",
+    "NormMonitor",
+    "NormTrace",
+    "Planted",
+    "SingularTriplets",
+    "SublayerAttribution",
+    "acute_angle",
+    "analyse",
+    "attribute_sublayers",
+    "block_directions",
+    "check",
+    "defect_direction",
+    "eigen_nearest",
+    "find_defects",
+    "leading_singular",
+    "linearize",
+    "load",
+    "mean_pairwise_angle",
+    "planted",
+    "report",
+    "trace_norms",
+    "weights_of",
+]

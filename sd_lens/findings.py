@@ -110,8 +110,7 @@ def _what(findings: Findings) -> str:
             f"median of the other tokens after any block (the largest ratio is {largest:.1f})."
         )
     top = max(defects.tokens, key=lambda token: token.ratio)
-    initial = sum(token.pos == 0 for token in defects.tokens)
-    who = f"{initial} initial and {len(defects.tokens) - initial} later high-norm tokens"
+    who = _who(defects)
     peak = f"the strongest, {top.token!r} at position {top.pos}, reaches {top.ratio:.1f} times the median of the others (norm {top.norm:.0f})"
     if not defects.found:
         return f"{trace.model_name} has {who} among {traced} ({peak}), but no block makes their norm in one step."
@@ -119,10 +118,18 @@ def _what(findings: Findings) -> str:
     return f"{trace.model_name} has an explosion in {_blocks(defects.explosion_blocks)}: {who} among {traced}; {peak}, and the norm {decay}."
 
 
+def _who(defects: Defects) -> str:
+    count, initial = len(defects.tokens), sum(token.pos == 0 for token in defects.tokens)
+    if count == 1:
+        return "1 high-norm token"
+    where = {count: "all at position 0", 0: "none at position 0"}.get(initial, f"{initial} at position 0, {count - initial} later")
+    return f"{count} high-norm tokens ({where})"
+
+
 def _whence(findings: Findings) -> str:
     defects, directions = findings.defects, findings.directions
     if not defects.found:
-        return "There is nothing to attribute." if not defects.tokens else "Its growth is spread over several blocks."
+        return "There is nothing to attribute." if not defects.tokens else "The growth of their norm is spread over several blocks."
     parts = []
     for share in findings.attribution.shares:
         if share.block in defects.explosion_blocks:

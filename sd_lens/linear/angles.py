@@ -20,9 +20,8 @@ def _unit(x: Tensor, name: str) -> Tensor:
 
 
 def acute_angle(
-    a: Float[Tensor, "*batch d"] | Complex[Tensor, "*batch d"],
-    b: Float[Tensor, "*batch d"] | Complex[Tensor, "*batch d"],
-) -> Float[Tensor, "*batch"]:
+    a: Float[Tensor, "*#batch d"] | Complex[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"] | Complex[Tensor, "*#batch d"]
+) -> Float[Tensor, "*broadcast"]:
     """Acute angle between vectors, or between the complex lines they span.
 
     Args:

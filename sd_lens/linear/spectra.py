@@ -99,7 +99,8 @@ def eigen_nearest(linear_map: LinearMap, direction: Float[Tensor, "d"], *, tol: 
 
     Arnoldi's method from the direction: the Krylov space it spans holds a nearby eigenvector after a few products. It grows
     until the nearest Ritz pair's residual is below ``tol`` times the largest Ritz value; read ``residual`` where it reached
-    ``max_krylov`` first.
+    ``max_krylov`` first. Where the nearest eigenvector is almost orthogonal to the direction (beyond 70°), another one that is
+    hardly farther away may be found in its place.
 
     Args:
         linear_map: The map ``M``.

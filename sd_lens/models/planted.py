@@ -190,6 +190,8 @@ def planted(
     weight = norm / neuron(_SCALE * coefficient)
     blocks[explosion_block].W_out[0] = weight * layout.direction
     if pathway == "head":
+        for distance, block in enumerate(reversed(blocks[:explosion_block]), start=1):
+            _quieten(block, 0.25**distance)
         _plant_head(layout, blocks[explosion_block - first])
 
     model = _WRITERS[architecture](layout, blocks, _embedding(layout, pathway, generator), context, generator)
@@ -291,6 +293,12 @@ def _plant_neuron(
         return _SCALE * slope / spread
 
     return strength
+
+
+def _quieten(block: _Matrices, factor: float) -> None:
+    """Makes a block write less: what those before the head add up to must not drown the faint trigger."""
+    block.W_O = factor * block.W_O
+    block.W_out = factor * block.W_out
 
 
 def _plant_head(layout: _Layout, block: _Matrices) -> None:
@@ -432,6 +440,7 @@ def _quietly(model_class: Any, config: Any) -> Any:
 def _boot(model: Any) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    bridge = build_bridge_from_module(model, architecture=type(model).__name__, hf_config=model.config)
+    with torch.random.fork_rng(devices=[]):
+        bridge = build_bridge_from_module(model, architecture=type(model).__name__, hf_config=model.config)
     bridge.cfg.model_name = "planted"
     return bridge

@@ -79,7 +79,7 @@ def _rows(model: Any, tokens: Tensor) -> list[Tensor]:
 
 
 def _require_valid(model: TransformerLensModel, number: int, sequence: Tensor) -> None:
-    if sequence.is_floating_point() or sequence.dtype == torch.bool:
+    if sequence.is_floating_point() or sequence.is_complex() or sequence.dtype == torch.bool:
         raise ValueError(f"prompts: prompt {number} has dtype {sequence.dtype}; allowed: integer token ids")
     if sequence.numel() == 0:
         raise ValueError(f"prompts: prompt {number} is empty; allowed: prompts of at least one token")

@@ -36,7 +36,7 @@ class HighNormToken:
         pos: Its position there.
         token: The token as text.
         id: Its id.
-        peak_block: Block after which its norm is largest.
+        peak_block: Block after which its norm stands out most.
         norm: Its norm there.
         ratio: That norm relative to the median of the other tokens' at the same block.
     """
@@ -202,7 +202,7 @@ def _high_norm_tokens(trace: NormTrace, anywhere: Tensor) -> list[HighNormToken]
     after_blocks, ratios = trace.norms[1:], trace.ratios[1:]
     tokens = []
     for index in anywhere.nonzero().flatten().tolist():
-        peak = int(after_blocks[:, index].argmax())
+        peak = int(ratios[:, index].argmax())
         tokens.append(
             HighNormToken(
                 prompt=int(trace.prompt[index]),

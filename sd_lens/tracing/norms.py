@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,6 +37,7 @@ MIN_RATIO = 5.0
 below 2.5, those with it reach 15 (a million parameters) to 1000 (billions)."""
 
 
+@runtime_checkable
 class CacheLike(Protocol):
     """What is needed of an `ActivationCache`; a dict has it too."""
 
@@ -95,21 +96,23 @@ class NormTrace:
 
     def high_norm(self, min_ratio: float = MIN_RATIO) -> Bool[Tensor, "point token"]:
         """Where a token has a high norm after a block (the embedding's row is always False)."""
-        if min_ratio <= 1:
-            raise ValueError(f"min_ratio: got {min_ratio}; allowed: above 1")
+        _require_ratio(min_ratio)
         high = self.ratios >= min_ratio
         high[0] = False
         return high
 
     def of_prompt(self, prompt: int) -> Float[Tensor, "point pos"]:
         """Norms of one prompt's tokens."""
-        if not 0 <= prompt < self.n_prompts:
-            raise ValueError(f"prompt: got {prompt}; allowed: 0 to {self.n_prompts - 1}")
-        return self.norms[:, self.prompt == prompt]
+        return self.norms[:, self._of(prompt)]
 
     def texts_of(self, prompt: int) -> list[str]:
         """One prompt's tokens as text."""
-        return [self.texts[i] for i in (self.prompt == prompt).nonzero().flatten().tolist()]
+        return [self.texts[i] for i in self._of(prompt).nonzero().flatten().tolist()]
+
+    def _of(self, prompt: int) -> Bool[Tensor, "token"]:
+        if not 0 <= prompt < self.n_prompts:
+            raise ValueError(f"prompt: got {prompt}; allowed: 0 to {self.n_prompts - 1}")
+        return self.prompt == prompt
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per token and point: prompt, pos, token, id, block (−1 after the embedding), norm, ratio."""
@@ -151,11 +154,15 @@ class NormTrace:
         """Reads a trace that `save` wrote."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: no file {os.fspath(path)!r}; allowed: a file written by NormTrace.save")
-        with safe_open(path, framework="pt") as file:
-            labels = json.loads((file.metadata() or {}).get("sd_lens.NormTrace", "null"))
-            if labels is None:
-                raise ValueError(f"path: {os.fspath(path)} holds no trace; allowed: a file written by NormTrace.save")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        no_trace = f"path: {os.fspath(path)} holds no trace; allowed: a file written by NormTrace.save"
+        try:
+            with safe_open(path, framework="pt") as file:
+                labels = json.loads((file.metadata() or {}).get("sd_lens.NormTrace", "null"))
+                if labels is None:
+                    raise ValueError(no_trace)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except SafetensorError as error:
+            raise ValueError(no_trace) from error
         measured = labels.pop("direction", None)
         if measured is not None:
             measured["profiles"] = {group: tuple(profile) for group, profile in measured["profiles"].items()}
@@ -199,6 +206,8 @@ class NormTrace:
         if mask.shape != tokens.shape:
             raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: the tokens', {tuple(tokens.shape)}")
         tokens, mask = tokens.cpu(), mask.cpu().bool()
+        if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("mask: a row is not True at its first tokens and False after them; allowed: padding on the right")
         trace = _labelled(
             torch.stack([_norm(stream).cpu()[mask] for stream in streams]),
             [row[keep] for row, keep in zip(tokens, mask, strict=True)],
@@ -238,6 +247,11 @@ def _blocks_in(cache: CacheLike, model: Any) -> int:
             "by run_with_cache(..., names_filter=lambda name: name == 'blocks.0.hook_resid_pre' or name.endswith('hook_resid_post'))"
         )
     return n_blocks
+
+
+def _require_ratio(min_ratio: float) -> None:
+    if not min_ratio > 1:
+        raise ValueError(f"min_ratio: got {min_ratio}; allowed: above 1")
 
 
 def _norm(stream: Tensor) -> Tensor:
@@ -340,6 +354,7 @@ def trace_norms(
         raise ValueError(f"stop_at: got {stop_at}; allowed: 1 to {n_blocks}, the model's blocks")
     if direction_prompts < 0:
         raise ValueError(f"direction_prompts: got {direction_prompts}; allowed: 0 or more")
+    _require_ratio(min_ratio)
     sequences = tokenize(model, prompts, prepend_bos=prepend_bos)
     points = hook_names.residual_points(stop_at or n_blocks)
     norms = torch.empty(len(points), sum(len(sequence) for sequence in sequences))

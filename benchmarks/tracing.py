@@ -1,0 +1,171 @@
+"""What tracing costs: time over the bare forward, and memory that does not grow with the corpus.
+
+    python -m benchmarks.tracing [--tokens 100000] [--rounds 3]
+
+Every variant runs the same batches of the same windows of text. Times alternate between the variants over several rounds and the
+fastest round of each counts; peak memory is sampled in a process of its own per variant, beyond what it held once the model was
+loaded and had run one batch. Variants:
+
+- ``forward``: the batches alone, no hooks;
+- ``trace``: `sd_lens.trace_norms`, norms only, all blocks;
+- ``trace + direction``: the same with the defect direction (its default; a second pass over up to 32 prompts with high norms);
+- ``run_with_cache``: TransformerLens' cache of the residual hook points, norms taken afterwards, one batch at a time;
+- ``run_with_cache, kept``: the same, streams kept to the end as a notebook would (memory only, at two corpus sizes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from benchmarks.models import random_llama, text_windows
+from sd_lens.models import hook_names
+from sd_lens.models.loading import inference, load
+from sd_lens.tracing.batches import batches
+from sd_lens.tracing.norms import trace_norms
+
+BATCH_TOKENS = 4096
+LENGTHS = (512, 128, 256, 64, 384)
+MODELS: dict[str, Callable[[], Any]] = {
+    "tiny": lambda: load("tiny"),
+    "random": lambda: random_llama(d_model=256, n_blocks=8),
+}
+
+
+def _windows(model: Any, n_tokens: int) -> list[torch.Tensor]:
+    context = model.cfg.n_ctx
+    return text_windows(model, n_tokens=n_tokens, lengths=tuple(min(length, context) for length in LENGTHS))
+
+
+def forward(model: Any, windows: list[torch.Tensor]) -> None:
+    """The bare forward over the same batches."""
+    with inference(model):
+        for batch in batches(windows, batch_tokens=BATCH_TOKENS):
+            model(batch.tokens, return_type=None)
+
+
+def trace(model: Any, windows: list[torch.Tensor]) -> None:
+    """Norms of all blocks."""
+    trace_norms(model, windows, batch_tokens=BATCH_TOKENS, direction_prompts=0, progress=False)
+
+
+def trace_direction(model: Any, windows: list[torch.Tensor]) -> None:
+    """Norms of all blocks and the defect direction."""
+    trace_norms(model, windows, batch_tokens=BATCH_TOKENS, progress=False)
+
+
+def cached(model: Any, windows: list[torch.Tensor], *, keep: bool = False) -> None:
+    """Residual streams by TransformerLens' own cache."""
+    names = hook_names.residual_points(model.cfg.n_layers)
+    kept = []
+    with inference(model):
+        for batch in batches(windows, batch_tokens=BATCH_TOKENS):
+            _, cache = model.run_with_cache(batch.tokens, names_filter=lambda name: name in names, return_type=None)
+            norms = torch.stack([cache[name].norm(dim=-1) for name in names])
+            kept.append({name: cache[name] for name in names} if keep else norms)
+
+
+def cached_kept(model: Any, windows: list[torch.Tensor]) -> None:
+    """Residual streams of the whole corpus, kept."""
+    cached(model, windows, keep=True)
+
+
+VARIANTS: dict[str, Callable[[Any, list[torch.Tensor]], None]] = {
+    "forward": forward,
+    "trace": trace,
+    "trace + direction": trace_direction,
+    "run_with_cache": cached,
+}
+MEMORY_ONLY = {"run_with_cache, kept": cached_kept}
+
+
+class _PeakMemory:
+    """Largest resident memory of this process while the body runs, MiB beyond that at its start."""
+
+    def __enter__(self) -> _PeakMemory:
+        process = psutil.Process()
+        start = peak = process.memory_info().rss
+        self._done = threading.Event()
+
+        def sample() -> None:
+            nonlocal peak
+            while not self._done.wait(0.002):
+                peak = max(peak, process.memory_info().rss)
+            self.mib = (peak - start) / 2**20
+
+        self._thread = threading.Thread(target=sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def _measure_memory(model_name: str, variant: str, n_tokens: int) -> float:
+    """Peak memory of a variant beyond the loaded model's, MiB, in a process of its own."""
+    options = {"--memory-of": variant, "--model": model_name, "--tokens": n_tokens, "--threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "benchmarks.tracing", *(str(word) for option in options.items() for word in option)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(out.strip().splitlines()[-1])
+
+
+def _report_memory(model_name: str, variant: str, n_tokens: int) -> None:
+    model = MODELS[model_name]()
+    windows = _windows(model, n_tokens)
+    forward(model, windows[:4])  # what the first forward of a process allocates is nobody's cost
+    with _PeakMemory() as peak:
+        (VARIANTS | MEMORY_ONLY)[variant](model, windows)
+    print(peak.mib)
+
+
+def _times(model: Any, windows: list[torch.Tensor], rounds: int) -> dict[str, float]:
+    forward(model, windows[:4])
+    best = dict.fromkeys(VARIANTS, float("inf"))
+    for _ in tqdm(range(rounds), desc="rounds", leave=False):
+        for name, run in VARIANTS.items():
+            start = time.perf_counter()
+            run(model, windows)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    """Prints one table per model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", choices=list(MODELS))
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        _report_memory(options.model, options.memory_of, options.tokens)
+        return
+    for name in [options.model] if options.model else MODELS:
+        model = MODELS[name]()
+        windows = _windows(model, options.tokens)
+        times = _times(model, windows, options.rounds)
+        print(f"\n{model.cfg.model_name}: {options.tokens} tokens, {len(windows)} windows, {options.threads} threads")
+        print(f"{'':22s} {'time':>8s} {'ratio':>7s} {'memory':>9s} {'ratio':>7s} {'memory, 1/4 of the tokens':>26s}")
+        base_memory = 0.0
+        for variant in VARIANTS | MEMORY_ONLY:
+            memory = _measure_memory(name, variant, options.tokens)
+            quarter = _measure_memory(name, variant, options.tokens // 4)
+            base_memory = base_memory or max(memory, 1.0)
+            timed = f"{times[variant]:7.2f}s {times[variant] / times['forward']:6.2f}x" if variant in times else " " * 16
+            print(f"{variant:22s} {timed} {memory:6.0f}MiB {memory / base_memory:6.2f}x {quarter:23.0f}MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The command line: a thin skin over the API. Exit code 0: done; 2: bad input, said in one line on stderr; 1: anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+app = typer.Typer(
+    help="Find and explain the high-norm tokens (singular defects, massive activations) of language models.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="'tiny' (ships with sd_lens), a checkpoint folder, or a name on the Hugging Face hub.")]
+Text = Annotated[list[str] | None, typer.Option("--text", help="A prompt; may be given several times.")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts-file", help="A text file with one prompt per line, or a .json file with a list of strings."),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the machine-readable result here.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the picture here (HTML, self-contained).")]
+MinRatio = Annotated[float, typer.Option(help="Least norm of a high-norm token, as a multiple of the other tokens' median.")]
+BatchTokens = Annotated[int, typer.Option(help="Largest number of tokens run at once.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="What the weights are converted to: float32, bfloat16, float16 or float64.")]
+
+
+class BadInput(ValueError):
+    """Input that the user can mend."""
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command whose complaints about its input end in one line on stderr and exit code 2."""
+
+    @app.command()
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            _complain(str(error))
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"sd-lens: {' '.join(message.split())}", err=True)
+
+
+def _boot(model: str, device: str, dtype: str) -> Any:
+    import torch
+
+    from sd_lens.models.loading import load
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype not in dtypes:
+        raise BadInput(f"--dtype: got {dtype!r}; allowed: {', '.join(dtypes)}")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device: got {device!r}; allowed: a device that this machine has, such as cpu") from None
+    _go_offline_if_needed(model)
+    return load(model, device=device, dtype=dtypes[dtype])
+
+
+def _go_offline_if_needed(model: str) -> None:
+    """Where the hub's name does not resolve, a hub model is looked for in the local cache at once, not after minutes of retries."""
+    if model == "tiny" or Path(model).expanduser().exists():
+        return
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
+
+
+def _prompts(text: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts asked for, or the built-in ones."""
+    if text and file:
+        raise BadInput("--text, --prompts-file: got both; allowed: one of them")
+    if text:
+        return text
+    if file is None:
+        from sd_lens.findings import BUILT_IN_PROMPTS
+
+        return list(BUILT_IN_PROMPTS)
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--prompts-file: {file} cannot be read ({error.strerror}); allowed: a text or .json file") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"--prompts-file: {file} is not UTF-8 text; allowed: a text or .json file") from None
+    prompts = _json_prompts(file, content) if file.suffix == ".json" else [line for line in content.splitlines() if line.strip()]
+    if not prompts:
+        raise BadInput(f"--prompts-file: {file} holds no prompt; allowed: at least one line of text")
+    return prompts
+
+
+def _json_prompts(file: Path, content: str) -> list[str]:
+    try:
+        prompts = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"--prompts-file: {file} is not valid JSON ({error}); allowed: a list of strings") from None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise BadInput(f"--prompts-file: {file} holds something else than a list of strings; allowed: a list of strings")
+    return prompts
+
+
+def _require_writable(out: Path | None, json_file: Path | None) -> None:
+    from sd_lens.display.files import require_writable
+
+    for path, option in ((out, "--out"), (json_file, "--json")):
+        if path is not None:
+            require_writable(path, argument=option)
+
+
+@_command
+def report(
+    model: Model = "tiny",
+    text: Text = None,
+    prompts_file: PromptsFile = None,
+    out: Annotated[Path, typer.Option("--out", help="Write the page here.")] = Path("sd-lens-report.html"),
+    json_file: Json = None,
+    min_ratio: MinRatio = 5.0,
+    batch_tokens: BatchTokens = 4096,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """The whole story on one page: is there an explosion, where, and what makes it."""
+    from sd_lens.reporting import report as make_report
+
+    _require_writable(out, json_file)
+    prompts = _prompts(text, prompts_file)
+    loaded = _boot(model, device, dtype)
+    findings = make_report(loaded, prompts, out=out, json=json_file, min_ratio=min_ratio, batch_tokens=batch_tokens)
+    for sentence in findings.sentences():
+        typer.echo(sentence)
+    typer.echo(f"Report: {out.resolve()}")
+
+
+@_command
+def trace(
+    model: Model = "tiny",
+    text: Text = None,
+    prompts_file: PromptsFile = None,
+    out: Out = None,
+    json_file: Json = None,
+    min_ratio: MinRatio = 5.0,
+    batch_tokens: BatchTokens = 4096,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Norm of every token after every block: the high-norm tokens, and the blocks where their norm explodes and decays."""
+    from sd_lens.tracing.defects import find_defects
+    from sd_lens.tracing.norms import trace_norms
+
+    _require_writable(out, json_file)
+    prompts = _prompts(text, prompts_file)
+    loaded = _boot(model, device, dtype)
+    traced = trace_norms(loaded, prompts, min_ratio=min_ratio, batch_tokens=batch_tokens)
+    defects = find_defects(traced, min_ratio=min_ratio)
+    typer.echo(defects)
+    if defects.tokens:
+        typer.echo(defects.to_dataframe().to_string(index=False, float_format="%.4g", formatters={"token": repr}))
+    if json_file is not None:
+        from sd_lens.display.records import trace_record, write_json
+
+        write_json(trace_record(defects), json_file)
+    if out is not None:
+        from sd_lens.display.files import write_text
+
+        write_text(traced.plot().to_html(include_plotlyjs=True), out)
+
+
+@_command
+def check(
+    model: Model = "tiny",
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Does a model keep the identities that the analyses rest on, and which of them apply to it."""
+    from sd_lens.models.check import check as check_model
+
+    _require_writable(None, json_file)
+    result = check_model(_boot(model, device, dtype))
+    typer.echo(result)
+    typer.echo(result.to_dataframe().to_string(index=False, na_rep="", float_format="%.1e"))
+    typer.echo(result.analyses().to_string(index=False))
+    if json_file is not None:
+        from sd_lens.display.records import check_record, write_json
+
+        write_json(check_record(result), json_file)
+
+
+def _hush() -> None:
+    """Keeps the libraries below from talking: stderr is for progress bars and for our own one line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+
+
+def main() -> None:
+    """The ``sd-lens`` command."""
+    _hush()
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except Exception as error:
+        # Typer carries its own copy of click, so its exceptions are told by what they can do.
+        explain = getattr(error, "format_message", None)
+        if explain is None and type(error).__name__ != "Abort":
+            raise
+        if explain is not None:
+            _complain(explain())
+        code = 1 if explain is None else 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
