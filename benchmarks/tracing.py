@@ -91,6 +91,8 @@ MEMORY_ONLY = {"run_with_cache, kept": cached_kept}
 class _PeakMemory:
     """Largest resident memory of this process while the body runs, MiB beyond that at its start."""
 
+    mib = 0.0
+
     def __enter__(self) -> _PeakMemory:
         process = psutil.Process()
         start = peak = process.memory_info().rss

@@ -29,7 +29,6 @@ from torch import Tensor
 from sd_lens.linear.gaussian import FFNFit, Inputs, fit_ffn
 from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, NormWeights
 
-
 _Layer = TypeVar("_Layer", AttentionWeights, FFNWeights)
 
 

@@ -11,7 +11,8 @@ What differs and is not what a name suggests:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -76,9 +77,9 @@ def _norms(model: Any, block: Any) -> dict[str, NormWeights | None]:
 def _activation(mlp: Any) -> Activation:
     for owner in (getattr(mlp, "original_component", None), mlp):
         for name in _ACTIVATION_NAMES:
-            fn: Any = getattr(owner, name, None)
+            fn = getattr(owner, name, None)
             if callable(fn):
-                return identify(fn)
+                return identify(cast("Callable[[Tensor], Tensor]", fn))
     raise ValueError(
         f"model: no activation function found on {type(mlp).__name__}; allowed: an FFN with one of {', '.join(_ACTIVATION_NAMES)}"
     )

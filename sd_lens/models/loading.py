@@ -52,15 +52,14 @@ def load(
         >>> load("tiny").cfg.model_name
         'tiny'
     """
-    loaded: Any
     if isinstance(model, str | os.PathLike):
-        loaded = _boot(os.fspath(model), dtype, boot)
+        loaded: Any = _boot(os.fspath(model), dtype, boot)
     else:
         if boot:
             raise ValueError(f"boot options: got {', '.join(sorted(boot))} with a ready model; allowed: none")
         loaded = model
     require_usable(loaded)
-    if isinstance(loaded, nn.Module) and loaded.training:
+    if getattr(loaded, "training", False):
         if not isinstance(model, str | os.PathLike):
             message = "the model was in training mode; sd_lens has put it into eval mode"
             warnings.warn(message, ModelStateWarning, stacklevel=2)

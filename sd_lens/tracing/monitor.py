@@ -63,7 +63,8 @@ class NormMonitor:
         def hook(stream: Tensor, hook: Any) -> None:
             if point == 0:
                 self._begin_pass()
-            self._pass.append(_norm(stream.detach()).cpu())
+            if point == len(self._pass):  # not so in a pass that began at a later block, of which nothing is kept
+                self._pass.append(_norm(stream.detach()).cpu())
 
         return hook
 
@@ -86,7 +87,9 @@ class NormMonitor:
             self._runs.append([self._pass])
         self._pass = []
 
-    def result(self, tokens: Int[Tensor, "batch pos"] | None = None, *, mask: Bool[Tensor, "batch pos"] | None = None) -> NormTrace:
+    def result(
+        self, tokens: Int[Tensor, "batch pos"] | None = None, *, mask: Bool[Tensor, "batch seen"] | None = None
+    ) -> NormTrace:
         """What was seen, as a trace (without a direction: streams are not kept).
 
         Args:
