@@ -193,6 +193,9 @@ def _identity(cache: dict[str, Tensor], n_blocks: int, tolerance: float) -> Chec
     for block in range(n_blocks):
         names = (hook_names.resid_pre(block), hook_names.attn_out(block), hook_names.mlp_out(block))
         errors[block] = _deviation(sum((cache[name] for name in names), torch.zeros(())), cache[hook_names.resid_post(block)])
+        if block > 0:  # what leaves a block is what enters the next
+            between = _deviation(cache[hook_names.resid_pre(block)], cache[hook_names.resid_post(block - 1)])
+            errors[block] = max(errors[block], between)
     return _row("block identity", errors, tolerance)
 
 

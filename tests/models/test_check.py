@@ -1,0 +1,182 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+from recording import same_state, state
+
+from sd_lens.models import check as check_module
+from sd_lens.models.check import check
+from sd_lens.models.live import LiveWeights
+from sd_lens.models.weights import ModelWeights
+
+FAMILIES = list(zoo.FAMILIES.values())
+REBUILT = ("value vectors", "attention output", "FFN pre-activations", "FFN output")
+ALL = ("residual hooks", "block identity", "causality", *REBUILT, "norms before the sublayers")
+
+
+def _named(keep):
+    return pytest.mark.parametrize("family", [family for family in FAMILIES if keep(family)], ids=lambda f: f.name)
+
+
+def _rows(outcome):
+    return {row.check: row for row in outcome.rows}
+
+
+@_named(lambda family: not family.moe and not family.post_norm)
+def test_a_dense_pre_norm_model_passes_everything(family):
+    outcome = check(zoo.cached(family.name))
+    assert {name: row.passed for name, row in _rows(outcome).items()} == dict.fromkeys(ALL, True)
+    assert all(row.error < 1e-5 for row in outcome.rows if row.error is not None)
+    assert outcome.analyses()["applies"].all()
+    assert outcome.applies("trace_norms")
+    assert outcome.applies("linearize")
+
+
+@_named(lambda family: family.post_norm)
+def test_norms_after_the_sublayers_rule_out_the_linear_maps_and_nothing_else(family):
+    outcome = check(zoo.cached(family.name))
+    passed = {name: row.passed for name, row in _rows(outcome).items()}
+    assert passed == {**dict.fromkeys(ALL, True), "norms before the sublayers": False}
+    assert outcome.applies("find_defects")
+    assert outcome.applies("weights_of")
+    assert not outcome.applies("block_directions")
+    because = outcome.analyses().set_index("applies")["because"]
+    assert because[False] == "norms before the sublayers: a norm stands after a sublayer"
+    assert set(because[True]) == {""}
+
+
+@_named(lambda family: family.moe)
+def test_a_mixture_of_experts_rules_out_what_needs_one_ffn(family):
+    outcome = check(zoo.cached(family.name))
+    rows = _rows(outcome)
+    assert all(rows[name].passed is True for name in ALL[:3])
+    assert all(rows[name].passed is None and "mixture of experts" in rows[name].detail for name in ALL[3:])
+    assert outcome.applies("defect_direction")
+    assert not outcome.applies("weights_of")
+    assert not outcome.applies("linearize")
+    assert all("mixture of experts" in because for because in outcome.analyses()["because"][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox_parallel"])
+def test_other_dtypes_pass_too(name, dtype):
+    outcome = check(zoo.build(name, dtype=dtype))
+    assert {row.check: row.passed for row in outcome.rows} == dict.fromkeys(ALL, True)
+
+
+# A permanent hook on this point of block 1 breaks this identity: what the model computed is no longer what its weights say.
+TAMPERED = {
+    "blocks.1.hook_mlp_out": "FFN output",
+    "blocks.1.hook_attn_out": "attention output",
+    "blocks.1.attn.hook_v": "value vectors",
+    "blocks.1.mlp.hook_pre": "FFN pre-activations",
+    "blocks.1.hook_resid_post": "block identity",
+}
+
+
+@pytest.mark.parametrize("point", TAMPERED)
+@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2"))])
+def test_a_hook_that_changes_the_model_is_noticed_where_it_does(name, point):
+    model = zoo.build(name)
+    model.add_hook(point, lambda value, hook: 1.01 * value)
+    outcome = check(model)
+    broken = TAMPERED[point]
+    row = _rows(outcome)[broken]
+    assert row.passed is False
+    assert row.block == 1
+    assert 1e-3 < row.error < 0.1
+    assert {row.check for row in outcome.rows if not row.passed} <= {broken, "FFN output"}
+    assert not outcome.applies("trace_norms" if broken == "block identity" else "weights_of")
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2"))])
+def test_a_token_that_sees_later_ones_is_noticed(name):
+    model = zoo.build(name)
+    model.add_hook("blocks.0.hook_resid_pre", lambda value, hook: value + 0.1 * value.mean(1, keepdim=True))
+    outcome = check(model)
+    assert {row.check for row in outcome.rows if not row.passed} == {"causality"}
+    assert not outcome.applies("trace_norms")
+
+
+class Perturbed(ModelWeights):
+    """A model's weights with one tensor of block 1 off by one per cent."""
+
+    def __init__(self, model, part, field):
+        self._live, self._part, self._field = LiveWeights(model), part, field
+
+    d_model = property(lambda self: self._live.d_model)
+
+    def __len__(self):
+        return len(self._live)
+
+    def _read(self, block):
+        weights = self._live[block]
+        if block != 1:
+            return weights
+        layer = getattr(weights, self._part)
+        value = getattr(layer, self._field)
+        wrong = replace(value, gain=1.01 * value.gain) if self._field == "norm" else 1.01 * value
+        return replace(weights, **{self._part: replace(layer, **{self._field: wrong})})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "broken"),
+    [
+        ("attention", "norm", {"value vectors"}),
+        ("attention", "W_V", {"value vectors"}),
+        ("attention", "W_O", {"attention output"}),
+        ("ffn", "norm", {"FFN pre-activations", "FFN output"}),
+        ("ffn", "W_gate", {"FFN pre-activations", "FFN output"}),
+        ("ffn", "W_in", {"FFN pre-activations", "FFN output"}),
+        ("ffn", "W_out", {"FFN output"}),
+    ],
+)
+def test_weights_that_are_not_the_models_are_noticed(monkeypatch, part, field, broken):
+    monkeypatch.setattr(check_module, "weights_of", lambda model: Perturbed(model, part, field))
+    failed = {row.check: row.block for row in check(zoo.cached("llama")).rows if not row.passed}
+    assert failed == dict.fromkeys(broken, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2", "mixtral"))])
+@pytest.mark.parametrize("raising", [False, True])
+def test_a_check_leaves_the_model_as_it_was(name, raising):
+    model = zoo.build(name)
+    model.blocks[1].train()  # one block in another mode than the rest
+    next(model.parameters()).requires_grad_(False)
+    kept = []
+    model.add_hook("blocks.0.hook_resid_pre", lambda value, hook: kept.append(hook) if not raising else 1 / 0)
+    before = state(model)
+    if raising:
+        with pytest.raises(ZeroDivisionError):
+            check(model)
+    else:
+        check(model)
+        assert kept
+    assert same_state(before, state(model))
+
+
+def test_missing_hooks_are_named(monkeypatch):
+    monkeypatch.setattr(check_module, "_has_hook", lambda model, name: name != "blocks.1.hook_mlp_out")
+    outcome = check(zoo.cached("llama"))
+    assert [(row.check, row.passed, row.detail) for row in outcome.rows] == [
+        ("residual hooks", False, "missing: blocks.1.hook_mlp_out")
+    ]
+    assert not outcome.applies("linearize")
+
+
+def test_the_outcome_as_tables():
+    outcome = check(zoo.cached("llama"), seed=1)
+    table = outcome.to_dataframe()
+    assert table["check"].tolist() == list(ALL)
+    assert table["error"].tolist()[1:7] == [row.error for row in outcome.rows[1:7]]
+    assert repr(outcome).endswith("8 of 8 checks passed)")
+    assert all(name in outcome._repr_html_() for name in ("FFN output", "block_directions"))
+    with pytest.raises(ValueError, match=r"analysis: got 'nonsense'; allowed: one of trace_norms, .*"):
+        outcome.applies("nonsense")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_only_models_are_checked():
+    with pytest.raises(ValueError, match="model: got Linear"):
+        check(torch.nn.Linear(2, 2))
