@@ -77,6 +77,11 @@ def analyse(
 
     Raises:
         ValueError: The model or the prompts are unusable.
+
+    Example:
+        >>> from sd_lens.models.loading import load
+        >>> analyse(load("tiny")).defects.found
+        True
     """
     trace = trace_norms(model, prompts, prepend_bos=prepend_bos, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress)
     defects = find_defects(trace, min_ratio=min_ratio)

@@ -49,7 +49,12 @@ def acute_angle(
 
 
 def mean_pairwise_angle(vectors: Float[Tensor, "n d"]) -> float:
-    """Mean acute angle over all pairs of different rows, in degrees; NaN for fewer than two rows."""
+    """Mean acute angle over all pairs of different rows, in degrees; NaN for fewer than two rows.
+
+    Example:
+        >>> round(mean_pairwise_angle(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])), 6)
+        60.0
+    """
     n = vectors.shape[0]
     if n < 2:
         return float("nan")

@@ -171,6 +171,11 @@ def fit_ffn(ffn: FFNWeights, *, inputs: Inputs = "unit") -> FFNFit:
 
     Raises:
         ValueError: ``inputs`` is not one of the two.
+
+    Example:
+        >>> from sd_lens.models.loading import load, weights_of
+        >>> fit_ffn(weights_of(load("tiny"))[0].ffn).in_coefficient.shape
+        torch.Size([344])
     """
     if inputs not in ("unit", "gain"):
         raise ValueError(f"inputs: got {inputs!r}; allowed: 'unit', 'gain'")

@@ -297,7 +297,7 @@ def linearize(weights: BlockWeights, *, inputs: Inputs = "unit") -> BlockMap:
 
     Example:
         >>> from sd_lens.models.planted import planted
-        >>> from sd_lens.models.live import weights_of
+        >>> from sd_lens.models.loading import weights_of
         >>> block = linearize(weights_of(planted().model)[1])
         >>> block.ffn.mv(torch.ones(block.d_model)).shape
         torch.Size([64])

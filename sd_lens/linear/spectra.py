@@ -45,6 +45,15 @@ def leading_singular(linear_map: LinearMap, k: int = 1, *, seed: int = 0) -> Sin
 
     Raises:
         ValueError: ``k`` is not between 1 and d_model.
+
+    Example:
+        >>> from sd_lens.linear.maps import linearize
+        >>> from sd_lens.models.loading import weights_of
+        >>> from sd_lens.models.planted import planted
+        >>> truth = planted()
+        >>> u, s, v = leading_singular(linearize(weights_of(truth.model)[truth.explosion_block]).ffn)
+        >>> round(float(acute_angle(u[:, 0], truth.direction)), 1), round(float(acute_angle(v[:, 0], truth.trigger)), 1)
+        (0.0, 0.0)
     """
     d = linear_map.d_model
     if not 1 <= k <= d:
@@ -113,6 +122,15 @@ def eigen_nearest(linear_map: LinearMap, direction: Float[Tensor, "d"], *, tol: 
 
     Raises:
         ValueError: ``direction`` has another width than the map, or is zero or not finite.
+
+    Example:
+        >>> from sd_lens.linear.maps import linearize
+        >>> from sd_lens.models.loading import weights_of
+        >>> from sd_lens.models.planted import planted
+        >>> truth = planted()
+        >>> update = linearize(weights_of(truth.model)[truth.decay_block]).update
+        >>> round(eigen_nearest(update, truth.direction).value.real, 2)
+        -60.0
     """
     d = linear_map.d_model
     if tuple(direction.shape) != (d,):

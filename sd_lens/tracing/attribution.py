@@ -95,6 +95,14 @@ def attribute_sublayers(
 
     Raises:
         ValueError: Something was found but the trace has no direction.
+
+    Example:
+        >>> from sd_lens.models.planted import planted
+        >>> from sd_lens.tracing.defects import find_defects
+        >>> from sd_lens.tracing.norms import trace_norms
+        >>> model = planted().model
+        >>> attribute_sublayers(model, find_defects(trace_norms(model, torch.arange(10).unsqueeze(0))))
+        SublayerAttribution(planted: block 1: ffn, block 4: ffn)
     """
     trace, blocks = defects.trace, sorted({*defects.explosion_blocks, *defects.decay_blocks})
     if not blocks:

@@ -246,6 +246,14 @@ def defect_direction(
 
     Raises:
         ValueError: No token has a high norm, or the prompts are unusable.
+
+    Example:
+        >>> from sd_lens.linear.angles import acute_angle
+        >>> from sd_lens.models.planted import planted
+        >>> truth = planted("gpt2")
+        >>> measured = defect_direction(truth.model, torch.arange(30).reshape(3, 10))
+        >>> measured.n_tokens, bool(acute_angle(measured.direction, truth.direction) < 1)
+        (3, True)
     """
     trace = trace_norms(model, prompts, prepend_bos=prepend_bos, batch_tokens=batch_tokens, direction_prompts=0, progress=progress)
     measured = measure_direction(model, trace, min_ratio=min_ratio, batch_tokens=batch_tokens, seed=seed, progress=progress)

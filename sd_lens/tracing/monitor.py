@@ -119,6 +119,8 @@ class NormMonitor:
         for number, row in enumerate(rows):
             length = row.shape[1]
             real = torch.ones(length, dtype=torch.bool) if mask is None else mask[number, :length].cpu().bool()
+            if not bool(real.any()):
+                raise ValueError(f"mask: got only False in row {number}; allowed: at least one real token in every row")
             ids = torch.zeros(length, dtype=torch.long) if tokens is None else tokens[number, :length].cpu()
             sequences.append(ids[real])
             kept.append(row[:, real])
