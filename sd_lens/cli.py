@@ -72,6 +72,9 @@ def _boot(model: str, device: str, dtype: str) -> Any:
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device: got {device!r}; allowed: a device that this machine has, such as cpu") from None
     _go_offline_if_needed(model)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     return load(model, device=device, dtype=dtypes[dtype])
 
 

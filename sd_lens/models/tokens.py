@@ -93,12 +93,20 @@ def _require_valid(model: TransformerLensModel, number: int, sequence: Tensor) -
 
 
 def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
-    """Every token id as text on its own; as ``<id>`` where the model has no tokenizer."""
+    """Every token id as text on its own, with the spaces it has in a text; as ``<id>`` where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     known: dict[int, str] = {}
     texts = []
     for token in ids:
         if token not in known:
-            known[token] = f"<{token}>" if tokenizer is None else str(tokenizer.decode([token]))
+            known[token] = f"<{token}>" if tokenizer is None else _decode(tokenizer, token)
         texts.append(known[token])
     return texts
+
+
+def _decode(tokenizer: Any, token: int) -> str:
+    # SentencePiece decoders drop the space that a text begins with, so a token is read where it stands second.
+    once = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    twice = str(tokenizer.decode([token, token], clean_up_tokenization_spaces=False))
+    second = twice[len(once) :]
+    return second if twice.startswith(once) and second.endswith(once) else once

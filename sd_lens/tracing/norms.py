@@ -193,7 +193,7 @@ class NormTrace:
             The trace, with the direction.
 
         Raises:
-            ValueError: Hook points are missing from the cache, or shapes do not fit.
+            ValueError: Hook points are missing from the cache, shapes do not fit, or the stream is not finite.
         """
         model = getattr(cache, "model", None) if model is None else model
         n_blocks = _blocks_in(cache, model)
@@ -215,6 +215,7 @@ class NormTrace:
             n_blocks=getattr(getattr(model, "cfg", None), "n_layers", n_blocks),
             d_model=streams[0].shape[-1],
         )
+        _require_finite(trace)
         high = torch.zeros(len(streams), *mask.shape, dtype=torch.bool)
         high[:, mask] = trace.high_norm(min_ratio)
         accumulator = DirectionAccumulator(len(streams), trace.d_model)
@@ -252,6 +253,17 @@ def _blocks_in(cache: CacheLike, model: Any) -> int:
 def _require_ratio(min_ratio: float) -> None:
     if not min_ratio > 1:
         raise ValueError(f"min_ratio: got {min_ratio}; allowed: above 1")
+
+
+def _require_finite(trace: NormTrace) -> None:
+    bad = (~torch.isfinite(trace.norms)).nonzero()
+    if len(bad):
+        point, token = bad[0].tolist()
+        where = "the embedding" if point == 0 else f"block {point - 1}"
+        raise ValueError(
+            f"model: its residual stream is NaN or infinite after {where} (prompt {int(trace.prompt[token])}, position "
+            f"{int(trace.position[token])}); allowed: finite weights, and a dtype that holds the stream (float16 ends at 65504)"
+        )
 
 
 def _norm(stream: Tensor) -> Tensor:
@@ -340,7 +352,7 @@ def trace_norms(
 
     Raises:
         ValueError: A prompt is empty, too long or outside of the vocabulary; ``stop_at`` is not between 1 and the number of blocks;
-            the model is unusable (see `sd_lens.load`).
+            the model is unusable (see `sd_lens.load`), or its stream is not finite.
 
     Example:
         >>> from sd_lens.models.planted import planted
@@ -361,9 +373,13 @@ def trace_norms(
 
     def reduce(batch: Batch) -> Callable[[int, Tensor], None]:
         flat = batch.flat[batch.mask]
+        kept: list[Tensor] = []
 
         def receive(point: int, stream: Tensor) -> None:
-            norms[point, flat] = _norm(stream).cpu()[batch.mask]
+            kept.append(_norm(stream))
+            if point == len(points) - 1:  # an accelerator is waited for once a batch, not at every block
+                for row, norm in enumerate(kept):
+                    norms[row, flat] = norm.cpu()[batch.mask]
 
         return receive
 
@@ -371,6 +387,7 @@ def trace_norms(
     stop = stop_at if stop_at != n_blocks else None
     run_batches(model, batches(sequences, batch_tokens=batch_tokens), points, reduce, stop_at=stop, progress=progress)
     trace = _labelled(norms, sequences, model, n_blocks=n_blocks, d_model=model.cfg.d_model)
+    _require_finite(trace)
     if direction_prompts == 0:
         return trace
     measured = measure_direction(

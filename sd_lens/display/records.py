@@ -1,0 +1,164 @@
+"""Machine-readable results: plain dictionaries that JSON can hold, and the file they go to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Any
+
+from sd_lens.display.files import write_text
+from sd_lens.findings import Findings
+from sd_lens.linear.directions import BlockDirection, BlockDirections
+from sd_lens.models.check import Check
+from sd_lens.tracing.attribution import SublayerAttribution
+from sd_lens.tracing.defects import Defects
+
+Record = dict[str, Any]
+
+
+def version() -> str:
+    """The installed version of sd_lens."""
+    try:
+        return installed_version("sd-lens")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def report_record(findings: Findings) -> Record:
+    """Everything `sd_lens.display.report` draws."""
+    trace = findings.defects.trace
+    shape = {"d_model": trace.d_model, "n_blocks": trace.n_blocks}
+    directions = findings.directions
+    return _header("report", trace.model_name, **shape) | {
+        "sentences": list(findings.sentences()),
+        "found": findings.defects.found,
+        "check": check_record(findings.check, **shape),
+        "trace": trace_record(findings.defects),
+        "sublayers": sublayer_record(findings.attribution, **shape),
+        "spectrum": None if directions is None else spectrum_record(directions, n_blocks=trace.n_blocks),
+        "no_spectrum_because": findings.no_directions_because or None,
+    }
+
+
+def trace_record(defects: Defects) -> Record:
+    """Norms of all tokens, and what was found in them."""
+    trace = defects.trace
+    direction = defects.direction
+    return _header("trace", trace.model_name, trace.d_model, trace.n_blocks) | {
+        "prompts": [
+            {
+                "tokens": trace.texts_of(prompt),
+                "norms": [[_short(norm) for norm in row] for row in trace.of_prompt(prompt).tolist()],
+            }
+            for prompt in range(trace.n_prompts)
+        ],
+        "explosion_blocks": list(defects.explosion_blocks),
+        "decay_blocks": list(defects.decay_blocks),
+        "high_norm_tokens": [
+            {
+                "prompt": token.prompt,
+                "pos": token.pos,
+                "token": token.token,
+                "peak_block": token.peak_block,
+                "norm": _short(token.norm),
+                "ratio": _short(token.ratio),
+            }
+            for token in defects.tokens
+        ],
+        "direction": None
+        if direction is None
+        else {"n_tokens": direction.n_tokens, "mean_pairwise_angle_deg": _plain(direction.mean_pairwise_angle_deg)},
+    }
+
+
+def spectrum_record(directions: BlockDirections, *, n_blocks: int | None = None) -> Record:
+    """The linear maps of all blocks.
+
+    Args:
+        directions: From `block_directions`.
+        n_blocks: How many blocks the model has; default: up to the last one in the table.
+    """
+    blocks = 1 + max(row.block for row in directions.rows) if n_blocks is None else n_blocks
+    return _header("spectrum", directions.model_name, len(directions.reference), blocks) | {
+        "reference": directions.reference_source,
+        "blocks": [_spectrum_row(row) for row in directions.rows],
+    }
+
+
+def _spectrum_row(row: BlockDirection) -> Record:
+    return {
+        "block": row.block,
+        "part": row.part,
+        "sigma1": _plain(row.sigma1),
+        "sigma2": _plain(row.sigma2),
+        "angle_deg": _plain(row.angle_deg),
+        "eigenvalue": [_plain(row.eigenvalue.real), _plain(row.eigenvalue.imag)],
+        "eigenvector_angle_deg": _plain(row.eigenvector_angle_deg),
+        "residual": _plain(row.residual),
+        "balance": None if row.balance is None else _plain(row.balance),
+    }
+
+
+def sublayer_record(attribution: SublayerAttribution, *, d_model: int | None = None, n_blocks: int | None = None) -> Record:
+    """How the steps of explosion and decay blocks split over their sublayers.
+
+    Args:
+        attribution: From `attribute_sublayers`.
+        d_model: The model's width, null where not given: an attribution does not know it.
+        n_blocks: How many blocks it has, the same.
+    """
+    names = ("before", "attention", "ffn", "after", "residual", "ffn_share")
+    return _header("sublayers", attribution.model_name, d_model, n_blocks) | {
+        "n_tokens": attribution.n_tokens,
+        "blocks": [
+            {"block": share.block, "main_part": share.main_part} | {name: _plain(getattr(share, name)) for name in names}
+            for share in attribution.shares
+        ],
+    }
+
+
+def check_record(check: Check, *, d_model: int | None = None, n_blocks: int | None = None) -> Record:
+    """What was checked, and which analyses apply.
+
+    Args:
+        check: From `sd_lens.models.check.check`.
+        d_model: The model's width, null where not given: a check does not know it.
+        n_blocks: How many blocks it has, the same.
+    """
+    return _header("check", check.model_name, d_model, n_blocks) | {
+        "tolerance": _plain(check.tolerance),
+        "checks": [vars(row) | {"error": None if row.error is None else _plain(row.error)} for row in check.rows],
+        "analyses": [{**row, "applies": bool(row["applies"])} for row in check.analyses().to_dict("records")],
+    }
+
+
+def write_json(record: Record, path: str | os.PathLike[str]) -> None:
+    """Writes a record as one JSON object, whole or not at all.
+
+    Args:
+        record: From one of the functions of this module.
+        path: The file, replaced if it exists.
+
+    Raises:
+        OSError: It cannot be written there.
+        ValueError: The record holds what JSON cannot: NaN, infinity.
+    """
+    write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def _header(command: str, model: str, d_model: int | None, n_blocks: int | None) -> Record:
+    return {"schema": f"sd_lens.{command}/1", "sd_lens": version(), "model": model, "d_model": d_model, "n_blocks": n_blocks}
+
+
+def _plain(value: float) -> float | None:
+    """A number as JSON has it: no NaN, no infinity, no numpy."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _short(value: float) -> float | None:
+    """Six significant digits, as much as a float32 norm is good for, at half the length."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

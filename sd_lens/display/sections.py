@@ -1,0 +1,216 @@
+"""The sections of the report: each a function from the findings to a fragment, or to None where it does not apply.
+
+A further section is a further function with ``@section``; they stand on the page in the order of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, sublayer_bars
+from sd_lens.display.fragments import environment, figure, joined, paragraph, subheading, table
+from sd_lens.display.labels import visible
+from sd_lens.display.tokens import colored_tokens, peak_block
+from sd_lens.findings import Findings
+from sd_lens.linear.directions import PARTS
+from sd_lens.tracing.norms import NormTrace
+
+MAX_PROMPTS = 6
+MAX_TOKENS = 50
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page."""
+
+    id: str
+    title: str
+    fragment: Markup
+
+
+_Build = Callable[[Findings], Markup | None]
+_SECTIONS: list[tuple[str, str, _Build]] = []
+
+
+def section(id: str, title: str) -> Callable[[_Build], _Build]:
+    """Puts a function's fragment on the page, under a heading."""
+
+    def register(build: _Build) -> _Build:
+        _SECTIONS.append((id, title, build))
+        return build
+
+    return register
+
+
+def sections(findings: Findings) -> list[Section]:
+    """All sections that apply."""
+    built = ((id, title, build(findings)) for id, title, build in _SECTIONS)
+    return [Section(id, title, fragment) for id, title, fragment in built if fragment is not None]
+
+
+@section("norms", "Norms")
+def norms(findings: Findings) -> Markup:
+    """Lines and heat map of the prompt with the highest ratio."""
+    defects = findings.defects
+    trace = defects.trace
+    prompt = telling_prompt(trace)
+    why = "It has the highest ratio of a norm to the other tokens' median." if trace.n_prompts > 1 else ""
+    heatmap = norm_heatmap(trace, prompt, min_ratio=defects.min_ratio)
+    layout: Any = heatmap.layout  # its attributes are made at run time
+    n_named = len(layout.xaxis.tickvals)
+    return joined(
+        [
+            paragraph(
+                f"Norm of the residual stream of every token of prompt {prompt}, after the embedding and after every block. {why}"
+            ),
+            figure(norm_lines(trace, prompt, min_ratio=defects.min_ratio), "norm-lines"),
+            figure(heatmap, "norm-heatmap", min_width=120 + 13 * n_named),
+        ]
+    )
+
+
+def telling_prompt(trace: NormTrace) -> int:
+    """The prompt with the highest ratio after any block."""
+    highest = trace.ratios[1:].nan_to_num(nan=0.0, posinf=0.0).max(0).values
+    return int(trace.prompt[int(highest.argmax())])
+
+
+@section("tokens", "Tokens")
+def tokens(findings: Findings) -> Markup:
+    """Coloured tokens of the first prompts."""
+    trace = findings.defects.trace
+    shown = min(MAX_PROMPTS, trace.n_prompts)
+    more = f" The first {shown} of {trace.n_prompts} prompts are shown." if trace.n_prompts > shown else ""
+    text = (
+        f"Orange tokens have a larger norm after block {peak_block(trace)} than the median of the others, blue ones a smaller one; the "
+        f"colour is the logarithm (base 10) of their ratio, shown on hover. Spaces are shown as ·, line breaks as ↵.{more}"
+    )
+    pieces = [paragraph(text)]
+    for prompt in range(shown):
+        pieces += [subheading(f"Prompt {prompt}"), Markup(colored_tokens(trace, prompt).body)]
+    return joined(pieces)
+
+
+@section("sublayers", "Which sublayer")
+def sublayers(findings: Findings) -> Markup | None:
+    """Where the steps of explosion and decay blocks come from."""
+    attribution, defects = findings.attribution, findings.defects
+    if not attribution.shares:
+        return None
+    frame = attribution.to_dataframe()
+    frame.insert(1, "kind", ["explosion" if block in defects.explosion_blocks else "decay" for block in frame.block])
+    columns = {
+        "block": "block",
+        "kind": "kind",
+        "before": "before",
+        "attention": "attention adds",
+        "ffn": "FFN adds",
+        "after": "after",
+        "ffn_share": "FFN's share of the step",
+        "residual": "unexplained",
+    }
+    text = (
+        "The projection of the high-norm tokens on the defect direction: what enters each block and what its sublayers add to it."
+    )
+    return joined(
+        [paragraph(text), figure(sublayer_bars(attribution), "sublayers"), table(frame, columns, formats={"ffn_share": ".0%"})]
+    )
+
+
+@section("maps", "Linear maps")
+def maps(findings: Findings) -> Markup:
+    """Singular directions and eigenvalues of every block, or why there are none."""
+    directions = findings.directions
+    if directions is None:
+        return paragraph(f"The blocks' linear maps were not computed: {findings.no_directions_because}.")
+    given = directions.reference_source == "given"
+    reference = (
+        "the direction of the high-norm tokens" if given else f"the leading left singular vector of {directions.reference_source}"
+    )
+    text = f"What each block does to a vector, from its weights alone. Angles are taken to {reference}"
+    text += "." if given else ", because no direction was measured: that block's own angle is zero by definition."
+    frame = directions.to_dataframe()
+    frame["part"] = pd.Categorical(frame.part, PARTS).rename_categories({"ffn": "FFN"})
+    columns = {
+        "block": "block",
+        "part": "part",
+        "sigma1": "σ₁",
+        "sigma2": "σ₂",
+        "angle_deg": "angle of u₁ (°)",
+        "eigenvalue": "eigenvalue",
+        "eigenvector_angle_deg": "angle of its vector (°)",
+        "residual": "residual",
+    }
+    if frame.balance.notna().any():
+        columns["balance"] = "balance"
+    return joined(
+        [
+            paragraph(text),
+            figure(direction_angles(directions, findings.defects), "angles"),
+            figure(eigenvalues(directions, findings.defects), "eigenvalues"),
+            table(frame, columns, digits=3, formats={"angle_deg": ".1f", "eigenvector_angle_deg": ".1f"}),
+        ]
+    )
+
+
+@section("high-norm-tokens", "High-norm tokens")
+def high_norm_tokens(findings: Findings) -> Markup | None:
+    """The first of them, by prompt and position."""
+    found = findings.defects.to_dataframe()
+    if found.empty:
+        return None
+    found["token"] = found.token.map(visible)
+    columns = {
+        "prompt": "prompt",
+        "pos": "position",
+        "token": "token",
+        "id": "token id",
+        "peak_block": "stands out most after block",
+        "norm": "norm there",
+        "ratio": "ratio to the others' median",
+    }
+    pieces = [table(found.head(MAX_TOKENS), columns)]
+    if len(found) > MAX_TOKENS:
+        pieces.append(paragraph(f"{len(found) - MAX_TOKENS} more are not listed."))
+    return joined(pieces)
+
+
+@section("checks", "Checks")
+def checks(findings: Findings) -> Markup:
+    """What was verified on the model, and which analyses that allows."""
+    checked = findings.check
+    frame = checked.to_dataframe()
+    frame["passed"] = ["nothing to compare" if row.passed is None else "passed" if row.passed else "failed" for row in checked.rows]
+    frame["detail"] = frame.detail.replace("", "–")
+    columns = {"check": "check", "passed": "outcome", "error": "largest deviation", "block": "in block", "detail": "detail"}
+    if (frame.detail == "–").all():
+        del columns["detail"]
+    analyses = checked.analyses()
+    analyses["because"] = analyses.because.replace("", "–")
+    needs = {"analyses": "analyses", "applies": "apply"} | (
+        {} if analyses.applies.all() else {"because": "what stands against them"}
+    )
+    text = "Measured on two short prompts of random tokens: the identities that the analyses rest on. Deviations are relative to the largest entry"
+    return joined(
+        [paragraph(f"{text}; {number_text(checked.tolerance)} passes."), table(frame, columns, digits=2), table(analyses, needs)]
+    )
+
+
+def number_text(value: float) -> str:
+    """A tolerance in a sentence."""
+    return f"up to {value:g}" if value > 0 else "none was measured, nothing"
+
+
+@section("how-to-read", "How to read this")
+def how_to_read(findings: Findings) -> Markup:
+    """The words used, and where they come from."""
+    return Markup(
+        environment()
+        .get_template("how_to_read.html.j2")
+        .render(found=bool(findings.defects.tokens), maps=findings.directions is not None)
+    )

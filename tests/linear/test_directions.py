@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from sd_lens.linear.directions import PARTS, block_directions
+from sd_lens.linear.maps import linearize
+from sd_lens.models.loading import weights_of
+from sd_lens.models.planted import planted
+
+
+def angle(a, b):
+    """Acute angle between two vectors, or between complex lines, degrees."""
+    a, b = (np.asarray(vector, dtype=complex) for vector in (a, b))
+    cosine = abs(np.vdot(a, b)) / np.linalg.norm(a) / np.linalg.norm(b)
+    return float(np.degrees(np.arccos(min(1.0, cosine))))
+
+
+@pytest.fixture(scope="module")
+def table(planted_model):
+    entering = {planted_model.decay_block: planted_model.norm}
+    return block_directions(planted_model.model, 3.0 * planted_model.direction, norms=entering)
+
+
+def test_the_explosion_block_sends_along_the_direction(planted_model, table):
+    explosion, decay = planted_model.explosion_block, planted_model.decay_block
+    assert table.row(explosion).angle_deg < 2
+    assert table.row(explosion, "ffn").angle_deg < 2
+    assert table.row(explosion, "ffn").sigma1 == pytest.approx(planted_model.sigma, rel=0.01)
+    assert table.row(explosion).sigma1 > 3 * table.row(explosion).sigma2
+    assert table.row(decay).angle_deg < 2
+    for row in table.rows:
+        assert row.sigma1 >= row.sigma2 > 0
+        if row.part == "block" and row.block not in (explosion, decay):
+            assert row.angle_deg > 60
+        if row.part == "attention":
+            assert row.angle_deg > 60  # nothing was planted there
+    assert [(row.block, row.part) for row in table.rows] == [(block, part) for block in range(6) for part in PARTS]
+
+
+def test_the_decay_block_cancels_it(planted_model, table):
+    row = table.row(planted_model.decay_block)
+    assert row.eigenvalue.real == pytest.approx(planted_model.eigenvalue, rel=0.01)
+    assert abs(row.eigenvalue.imag) < 1e-3
+    assert row.eigenvector_angle_deg < 2
+    assert row.residual < 1e-3 * abs(row.eigenvalue)
+    assert row.balance == pytest.approx(row.eigenvalue.real * 64**0.5 / planted_model.norm, rel=1e-6)
+    for other in table.rows:
+        if other.block != planted_model.decay_block:
+            assert other.balance is None
+            assert abs(other.eigenvalue) < 10 or other.block == planted_model.explosion_block
+
+
+def test_the_reference(planted_model, table):
+    assert (table.model_name, table.reference_source) == ("planted", "given")
+    assert float((table.reference - planted_model.direction).norm()) < 1e-6
+    assert repr(table).startswith("BlockDirections(planted: reference given, nearest block ")
+    frame = table.to_dataframe()
+    assert len(frame) == 18
+    row = frame[(frame.block == planted_model.decay_block) & (frame.part == "block")].iloc[0]
+    assert row.eigenvalue == table.row(planted_model.decay_block).eigenvalue
+    assert row.balance == table.row(planted_model.decay_block).balance
+    assert np.isnan(frame.balance.iloc[0])
+
+
+def test_without_a_direction_it_is_that_of_the_most_singular_block(planted_model):
+    special = (planted_model.explosion_block, planted_model.decay_block)
+    table = block_directions(planted_model.model)
+    assert table.reference_source in [f"block {block}" for block in special]
+    assert angle(table.reference, planted_model.direction) < 2
+    assert float(table.reference.norm()) == pytest.approx(1, abs=1e-6)
+    assert {row.block for row in table.rows if row.part == "block" and row.angle_deg < 3} == set(special)
+
+
+def dense(block_map, part):
+    return {"attention": block_map.attention, "ffn": block_map.ffn, "block": block_map.update}[part].to_dense().double().numpy()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox_parallel", "qwen3"])
+def test_numbers_are_those_of_dense_decompositions(family):
+    model = zoo.cached(family)
+    direction = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
+    for table, name in (
+        (block_directions(model, direction, blocks=[2, 0], norms={2: 7.0, 0: 0.5}), str(model.cfg.model_name)),
+        (block_directions(weights_of(model), direction, blocks=(2, 0)), "weights"),
+    ):
+        assert table.model_name == name
+        assert [row.block for row in table.rows] == [2] * 3 + [0] * 3
+        for row in table.rows:
+            matrix = dense(linearize(weights_of(model)[row.block]), row.part)
+            u, s, _ = np.linalg.svd(np.eye(zoo.D_MODEL) + matrix)
+            assert [row.sigma1, row.sigma2] == pytest.approx(s[:2].tolist(), rel=1e-5)
+            assert row.angle_deg == pytest.approx(angle(u[:, 0], direction), abs=0.01 if s[0] > 1.01 * s[1] else 90)
+            assert row.residual < 1e-3
+            if np.linalg.cond(matrix) > 1e6:
+                assert row.part == "attention"  # of grouped heads: it has a null space, in which every vector is an eigenvector
+                continue
+            values, vectors = np.linalg.eig(matrix)
+            nearest = min(range(len(values)), key=lambda i: angle(vectors[:, i], direction))
+            assert row.eigenvector_angle_deg == pytest.approx(angle(vectors[:, nearest], direction), abs=0.01)
+            assert row.eigenvalue.real == pytest.approx(values[nearest].real, abs=1e-3)
+            assert abs(row.eigenvalue.imag) == pytest.approx(abs(values[nearest].imag), abs=1e-3)
+            if name == "weights":
+                assert row.balance is None
+            else:
+                norm = {2: 7.0, 0: 0.5}[row.block]
+                assert row.balance == pytest.approx(values[nearest].real * zoo.D_MODEL**0.5 / norm, abs=1e-2)
+
+
+def test_two_runs_agree_to_the_bit():
+    truth = planted(seed=3)
+    one, other = (block_directions(truth.model, blocks=[1, 2], seed=seed) for seed in (0, 0))
+    assert one.rows == other.rows
+    assert torch.equal(one.reference, other.reference)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"blocks": []}, "blocks: got none; allowed: at least one block"),
+        ({"blocks": [3]}, "block: got 3; allowed: 0 to 2"),
+        ({"blocks": [0, -4]}, "block: got -4; allowed: 0 to 2"),
+        ({"direction": torch.ones(33)}, r"direction: got shape \(33,\); allowed: \(32,\)"),
+        ({"direction": torch.zeros(32)}, "direction: got a zero or non-finite vector"),
+        ({"direction": torch.full((32,), float("nan"))}, "direction: got a zero or non-finite vector"),
+    ],
+    ids=str,
+)
+def test_bad_blocks_and_directions_are_refused(options, reason):
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        block_directions(zoo.cached("llama"), **options)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma2", "olmo2"])
+def test_what_cannot_be_linearised_is_refused(family):
+    with pytest.raises(ValueError, match="; allowed: "):
+        block_directions(zoo.cached(family))
+
+
+def test_rows_that_are_not_in_the_table():
+    table = block_directions(zoo.cached("llama"), torch.ones(32), blocks=[1])
+    assert table.row(1, "ffn").part == "ffn"
+    for block, part in ((0, "block"), (1, "mlp")):
+        with pytest.raises(ValueError, match=rf"^block, part: got {block}, '{part}'; allowed: .*attention, ffn, block"):
+            table.row(block, part)

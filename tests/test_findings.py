@@ -1,0 +1,75 @@
+"""The two sentences say what was found, and only that."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+
+from sd_lens.findings import analyse
+from sd_lens.models.planted import planted
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return analyse(planted().model, torch.arange(60).reshape(3, 20), progress=False)
+
+
+def test_an_explosion_at_the_first_position(initial):
+    what, whence = initial.sentences()
+    assert re.fullmatch(
+        r"planted has an explosion in block 1: 3 high-norm tokens \(all at position 0\) among 60 tokens of 3 prompts; the strongest, "
+        r"'<\d+>' at position 0, reaches \d+\.\d times the median of the others \(norm \d+\), and the norm falls again in block 4\.",
+        what,
+    )
+    assert re.fullmatch(
+        r"The FFN of block 1 writes 100% of its step, and the leading left singular vector of that block's linear map is \d° from the "
+        r"direction of the high-norm tokens, against \d\d° or more in the blocks that neither explode nor decay\.",
+        whence,
+    )
+    assert repr(initial) == f"Findings({what} {whence})"
+
+
+@pytest.mark.parametrize(
+    ("positions", "who"),
+    [
+        ((5,), "1 high-norm token among 60 tokens"),
+        ((5, 9), "2 high-norm tokens (none at position 0) among"),
+        ((0, 5, 9), "3 high-norm tokens (1 at position 0, 2 later) among"),
+    ],
+)
+def test_high_norm_tokens_are_counted_by_position(initial, positions, who):
+    tokens = tuple(replace(initial.defects.tokens[0], pos=pos) for pos in positions)
+    assert who in replace(initial, defects=replace(initial.defects, tokens=tokens)).sentences()[0]
+
+
+def test_several_blocks(initial):
+    defects = replace(initial.defects, explosion_blocks=(1, 4), decay_blocks=())
+    what, whence = replace(initial, defects=defects).sentences()
+    assert "an explosion in blocks 1, 4:" in what
+    assert "the norm does not fall again before the end." in what
+    assert re.search(r"the leading left singular vectors of those blocks' linear maps are \d°, \d° from", whence)
+
+
+def test_growth_over_many_blocks(initial):
+    what, whence = replace(initial, defects=replace(initial.defects, explosion_blocks=())).sentences()
+    assert what.startswith("planted has 3 high-norm tokens (all at position 0) among 60 tokens")
+    assert what.endswith("but no block makes their norm in one step.")
+    assert whence == "The growth of their norm is spread over several blocks."
+
+
+def test_a_model_that_cannot_be_linearised(initial):
+    _, whence = replace(initial, directions=None, no_directions_because="a reason").sentences()
+    assert whence == "The FFN of block 1 writes 100% of its step; its linear map was not computed (a reason)."
+
+
+def test_nothing_found_in_a_model_with_norms_after_its_sublayers():
+    model = zoo.FAMILIES["olmo2"].build()
+    findings = analyse(model, zoo.tokens(model, 3), progress=False)
+    what, whence = findings.sentences()
+    assert re.match(r"No explosion was found in \w+: over 36 tokens of 3 prompts, no token's norm reaches 5 times the median", what)
+    assert whence == "There is nothing to attribute."
+    assert findings.directions is None
+    assert findings.no_directions_because == "norms before the sublayers: a norm stands after a sublayer"
+    assert findings.attribution.shares == ()
