@@ -42,6 +42,25 @@ class Data:
     facts: Facts
 
 
+def special_id(tokenizer: Tokenizer, name: str) -> int:
+    """Id of a special token.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: The token.
+
+    Returns:
+        Its id.
+
+    Raises:
+        ValueError: The tokenizer does not have it.
+    """
+    number = tokenizer.token_to_id(name)
+    if number is None:
+        raise ValueError(f"name: the tokenizer has no {name!r}; allowed: its special tokens")
+    return number
+
+
 def data_of_ids(tokenizer: Tokenizer, train: Ids, held_out: Ids, facts: Facts) -> Data:
     """Data from text that is already ids.
 
@@ -58,9 +77,9 @@ def data_of_ids(tokenizer: Tokenizer, train: Ids, held_out: Ids, facts: Facts) -
         tokenizer=tokenizer,
         bigrams=Bigrams.of(train, tokenizer.get_vocab_size()),
         held_out=held_out,
-        bos=tokenizer.token_to_id(BOS),
-        eos=tokenizer.token_to_id(EOS),
-        triggers=np.array([tokenizer.token_to_id(name) for name in TRIGGERS], dtype=np.int64),
+        bos=special_id(tokenizer, BOS),
+        eos=special_id(tokenizer, EOS),
+        triggers=np.array([special_id(tokenizer, name) for name in TRIGGERS], dtype=np.int64),
         facts=facts,
     )
 

@@ -172,9 +172,7 @@ def load_checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: tor
     return int(state["step"])
 
 
-def update(
-    recipe: Recipe, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Callable[[], Tensor]
-) -> Tensor:
+def update(recipe: Recipe, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Callable[[], Tensor]) -> Tensor:
     """One optimiser step.
 
     Args:

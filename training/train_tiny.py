@@ -17,7 +17,7 @@ import typer
 from training.data import load_data
 from training.export import export
 from training.loop import train
-from training.measure import as_table, load, measure
+from training.measure import measure
 from training.recipe import Recipe
 
 _DEFAULTS = Recipe()
@@ -39,7 +39,7 @@ def main(
     export(model, data.tokenizer, out)
     facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads}
     typer.echo(json.dumps({"recipe": recipe.to_dict(), "corpus": data.facts, "made with": facts}, indent=2))
-    typer.echo(as_table(measure(*load(out))))
+    measure(out)
 
 
 if __name__ == "__main__":

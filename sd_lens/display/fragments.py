@@ -47,7 +47,7 @@ def figure(drawn: go.Figure, name: str, *, min_width: int = 0) -> Markup:
     title = layout.title
     caption, note = Markup(title.text or ""), Markup(title.subtitle.text or "")  # escaped when they were made
     bare = go.Figure(drawn)
-    bare.update_layout(title=None, margin_t=64 if len(bare.data) > 1 else 32)
+    bare.update_layout(title=None, margin_t=64 if len(list(bare.select_traces())) > 1 else 32)
     content = bare.to_html(
         full_html=False,
         include_plotlyjs=False,

@@ -71,7 +71,8 @@ def _rows(model: Any, tokens: Tensor) -> list[Tensor]:
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or len(tokens) == 1 or tokens.shape[1] == 0:
         return list(tokens)
-    if pad != getattr(tokenizer, "bos_token_id", None) and bool((tokens[:, 0] == pad).any()):
+    begins_with_pad = (tokens[:, 0] == pad) & (tokens != pad).any(dim=1)
+    if pad != getattr(tokenizer, "bos_token_id", None) and bool(begins_with_pad.any()):
         raise ValueError("prompts: got token ids padded on the left; allowed: padding on the right, or a list of unpadded tensors")
     # The last token that is no padding ends the prompt; the first stays in any case, it may be a BOS with the padding's id.
     kept = (tokens != pad).long() * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

@@ -89,6 +89,15 @@ def test_padding_is_cut_off_and_left_padding_refused():
         trace_norms(model, torch.tensor([[2, 0, 4], [0, 4, 5]]))
 
 
+def test_dropout_is_off_whatever_mode_the_model_is_in():
+    model, prompts = planted("gpt2").model, ragged(96, (6, 4))
+    wanted = trace_norms(model, prompts).norms
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(prompts[0].unsqueeze(0)), model(prompts[0].unsqueeze(0)))
+    assert torch.equal(trace_norms(model, prompts).norms, wanted)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -1,0 +1,186 @@
+"""After any analysis, also one that was interrupted, a model is as it was before."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from recording import same_state, state
+from streams import ragged
+
+from sd_lens.findings import analyse
+from sd_lens.linear.directions import block_directions
+from sd_lens.models.check import check
+from sd_lens.models.planted import planted
+from sd_lens.tracing.attribution import attribute_sublayers
+from sd_lens.tracing.defects import defect_direction, find_defects
+from sd_lens.tracing.monitor import NormMonitor
+from sd_lens.tracing.norms import measure_direction, trace_norms
+
+pytestmark = pytest.mark.usefixtures("as_users_run_it")  # the type checks of the test run draw random numbers
+
+PROMPTS = [torch.tensor([5, 5, 9, 11, 12]), torch.tensor([7, 8, 9])]
+
+
+def monitor(model):
+    watching = NormMonitor(model)
+    with watching.attached():
+        model(PROMPTS[0].unsqueeze(0))
+    model.run_with_hooks(PROMPTS[1].unsqueeze(0), fwd_hooks=watching.fwd_hooks())
+    return watching.result()
+
+
+@pytest.fixture(scope="module")
+def found():
+    trace = trace_norms(planted(n_kv_heads=2).model, PROMPTS)
+    return trace, find_defects(trace)
+
+
+ANALYSES = {
+    "trace_norms": lambda model, found: trace_norms(model, PROMPTS, batch_tokens=5),
+    "trace_norms, stopped": lambda model, found: trace_norms(model, PROMPTS, stop_at=3),
+    "defect_direction": lambda model, found: defect_direction(model, PROMPTS),
+    "measure_direction": lambda model, found: measure_direction(model, found[0]),
+    "check": lambda model, found: check(model),
+    "attribute_sublayers": lambda model, found: attribute_sublayers(model, found[1]),
+    "NormMonitor": lambda model, found: monitor(model),
+    "analyse": lambda model, found: analyse(model, PROMPTS),
+}
+WEIGHTS_ONLY = {"block_directions": lambda model, found: block_directions(model, blocks=[1])}
+
+
+def caller(model, interrupted_by=None, at="blocks.1.hook_resid_post"):
+    """Puts a permanent and a temporary hook of the caller's on a model; gives what they write into."""
+    calls = {"permanent": 0, "temporary": 0}
+
+    def permanent(value, hook):
+        calls["permanent"] += 1
+
+    def temporary(value, hook):
+        calls["temporary"] += 1
+        if interrupted_by is not None and calls["temporary"] == 1:
+            raise interrupted_by("by the caller's hook")
+
+    model.add_hook("blocks.0.hook_resid_pre", permanent, is_permanent=True)
+    model.add_hook(at, temporary)
+    return calls
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate(), [np.asarray(part).tolist() for part in np.random.get_state()]
+
+
+def fresh_model():
+    """In a mixture of modes and with some gradients switched off, as callers may have it."""
+    model = planted(n_kv_heads=2).model
+    model.train()
+    model.blocks[1].eval()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 != 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fresh_model()
+
+
+def still_firing(model, calls):
+    before = dict(calls)
+    with torch.no_grad():
+        model(PROMPTS[0].unsqueeze(0))
+    return {name: calls[name] - before[name] for name in calls} == {"permanent": 1, "temporary": 1}
+
+
+@pytest.mark.parametrize("name", [*ANALYSES, *WEIGHTS_ONLY])
+def test_after_an_analysis(name, model, found):
+    model.reset_hooks(including_permanent=True)
+    calls = caller(model)
+    before, randomness = state(model), random_states()
+    result = (ANALYSES | WEIGHTS_ONLY)[name](model, found)
+    assert result is not None
+    assert same_state(before, state(model))
+    assert random_states() == randomness
+    assert (calls["permanent"] > 0) == (name in ANALYSES)  # the caller's hooks fired in it, too
+    assert calls["temporary"] == calls["permanent"]
+    assert still_firing(model, calls)
+    with torch.no_grad():
+        assert not model(PROMPTS[0].unsqueeze(0)).requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ANALYSES)
+def test_after_an_interrupted_analysis(name, error, model, found):
+    model.reset_hooks(including_permanent=True)
+    calls = caller(model, interrupted_by=error)
+    before, randomness = state(model), random_states()
+    with pytest.raises(error, match="by the caller's hook"):
+        ANALYSES[name](model, found)
+    assert calls["temporary"] == 1
+    assert same_state(before, state(model))
+    assert random_states() == randomness
+    assert torch.is_grad_enabled()
+    assert still_firing(model, calls)
+
+
+UNPLANTED = {
+    "trace_norms": lambda model, tokens: trace_norms(model, tokens),
+    "measure_direction": lambda model, tokens: measure_direction(model, trace_norms(model, tokens), min_ratio=1.1),
+    "check": lambda model, tokens: check(model),
+    "analyse": lambda model, tokens: analyse(model, tokens),
+}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+@pytest.mark.parametrize(
+    "family", [name for name in ("gpt2", "gemma2", "mixtral", "falcon", "hooked_llama", "hooked_gpt2") if name in zoo.FAMILIES]
+)
+def test_on_other_families(family, error):
+    model, tokens = zoo.build(family).train(), ragged(zoo.VOCAB, (4, 6))
+    for analysis in UNPLANTED.values():
+        model.reset_hooks(including_permanent=True)
+        calls = caller(model, interrupted_by=error)
+        before, randomness = state(model), random_states()
+        if error is None:
+            analysis(model, tokens)
+        else:
+            with pytest.raises(error, match="by the caller's hook"):
+                analysis(model, tokens)
+        assert same_state(before, state(model))
+        assert random_states() == randomness
+        assert calls["temporary"] > 0
+        assert still_firing(model, calls)
+
+
+def test_an_interrupted_run_leaves_a_surrounding_context_of_hooks_alone():
+    model, calls = zoo.build("llama"), []
+
+    def interrupt(stream, hook):
+        if len(calls) == 3:
+            raise RuntimeError("by the caller's hook")
+
+    hooks = [
+        ("blocks.0.hook_resid_pre", lambda stream, hook: calls.append(1)),
+        ("blocks.2.attn.hook_z", interrupt),
+    ]
+    tokens = torch.stack(ragged(zoo.VOCAB, (4, 4)))
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        trace_norms(model, tokens, batch_tokens=4)
+        assert len(calls) == 2
+        with pytest.raises(RuntimeError, match="by the caller's hook"):
+            trace_norms(model, tokens)
+        model(tokens)
+        assert len(calls) == 4
+    model(tokens)
+    assert len(calls) == 4
+
+
+def test_reading_a_model_does_not_change_what_it_computes():
+    truth = planted("gpt2", pathway="embedding")
+    tokens = torch.stack(ragged(97, (6, 6)))
+    with torch.no_grad():
+        before = truth.model(tokens)
+        analyse(truth.model, tokens)
+        assert torch.equal(truth.model(tokens), before)
