@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.measure import initial_table, prompt_ids
 
 import sd_lens
 from sd_lens.findings import BUILT_IN_PROMPTS
 from sd_lens.models.loading import TINY
+from training.measure import initial_table, prompt_ids
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
+import sd_lens
 from training import loop
 from training.batches import backcopy_windows, make_batch
 from training.corpus import docstrings
@@ -14,8 +16,6 @@ from training.data import data_of_text
 from training.export import export
 from training.recipe import Recipe
 from training.tokenizer import train_tokenizer
-
-import sd_lens
 
 TEXT = "".join(f"Line {i} of a text that repeats itself, with {i * i} numbers in it.\n\n" for i in range(400))
 SMALL = Recipe(
