@@ -184,7 +184,9 @@ def weights_of(model: TransformerLensModel) -> ModelWeights:
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Runs the body without gradients and in eval mode, and gives every module its own mode back."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    # A bridge keeps the Hugging Face model, with dropout modules of its own, out of its module tree.
+    parts = [part for part in (model, getattr(model, "original_model", None)) if isinstance(part, nn.Module)]
+    training = [module for part in parts for module in part.modules() if module.training]
     for module in training:
         module.training = False
     try:

@@ -32,7 +32,8 @@ from jaxtyping import Float
 from scipy.integrate import quad
 from torch import Tensor
 
-Architecture = Literal["llama", "gpt2", "gpt_neox"]
+from sd_lens.models.planted_hf import Architecture, Matrices, boot
+
 Pathway = Literal["embedding", "head"]
 
 _SCALE = 4.0  # of a planted neuron's input weights
@@ -95,22 +96,6 @@ class _Layout:
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
-
-
-@dataclass
-class _Matrices:
-    """One block's weights in TransformerLens' orientation, before they are written into a Hugging Face model."""
-
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
-    W_in: Tensor
-    W_out: Tensor
-    b_in: Tensor
-    W_gate: Tensor | None
-    gain1: Tensor
-    gain2: Tensor
 
 
 def planted(
@@ -194,9 +179,12 @@ def planted(
             _quieten(block, 0.25**distance)
         _plant_head(layout, blocks[explosion_block - first])
 
-    model = _WRITERS[architecture](layout, blocks, _embedding(layout, pathway, generator), context, generator)
+    embedding = _embedding(layout, pathway, generator)
+    positions = 0.02 * _FAINT * torch.randn(context, layout.tokens.shape[0], generator=generator) @ layout.tokens
+    unembedding = torch.randn(embedding.shape, generator=generator) / d_root
+    model = boot(architecture, blocks, embedding=embedding, unembedding=unembedding, positions=positions)
     return Planted(
-        model=_boot(model),
+        model=model,
         pathway=pathway,
         explosion_block=explosion_block,
         decay_block=decay_block,
@@ -233,7 +221,7 @@ def _layout(d_model: int, n_heads: int, n_kv_heads: int, n_blocks: int, d_vocab:
     )
 
 
-def _background(layout: _Layout, *, gated: bool, generator: torch.Generator) -> _Matrices:
+def _background(layout: _Layout, *, gated: bool, generator: torch.Generator) -> Matrices:
     """A block that reads and writes the subspace of its own, and listens to the embeddings a little."""
 
     def draw(*shape: int) -> Tensor:
@@ -254,7 +242,7 @@ def _background(layout: _Layout, *, gated: bool, generator: torch.Generator) -> 
         return weight.reshape(d, n, d_head).permute(1, 0, 2).clone()
 
     writes = 0.3 * draw(layout.n_heads * d_head, dim) @ written / (layout.n_heads * d_head) ** 0.5
-    return _Matrices(
+    return Matrices(
         W_Q=heads(draw(d, d) / d, layout.n_heads),
         W_K=heads(draw(d, layout.n_kv_heads * d_head) / d, layout.n_kv_heads),
         W_V=heads(reader(layout.n_kv_heads * d_head, gain1), layout.n_kv_heads),
@@ -269,7 +257,7 @@ def _background(layout: _Layout, *, gated: bool, generator: torch.Generator) -> 
 
 
 def _plant_neuron(
-    layout: _Layout, block: _Matrices, *, reads: Tensor, architecture: Architecture
+    layout: _Layout, block: Matrices, *, reads: Tensor, architecture: Architecture
 ) -> Callable[[Callable[[float], float]], float]:
     """Makes neuron 0 answer to a direction of the normalised stream.
 
@@ -295,13 +283,13 @@ def _plant_neuron(
     return strength
 
 
-def _quieten(block: _Matrices, factor: float) -> None:
+def _quieten(block: Matrices, factor: float) -> None:
     """Makes a block write less: what those before the head add up to must not drown the faint trigger."""
     block.W_O = factor * block.W_O
     block.W_out = factor * block.W_out
 
 
-def _plant_head(layout: _Layout, block: _Matrices) -> None:
+def _plant_head(layout: _Layout, block: Matrices) -> None:
     """Makes head 0 attend evenly and subtract what it attends to."""
     block.W_Q[0] = 0.0
     block.W_V[0] = layout.tokens.T / block.gain1.unsqueeze(-1)
@@ -319,128 +307,3 @@ def _embedding(layout: _Layout, pathway: Pathway, generator: torch.Generator) ->
     else:
         share[-1] = _STRONG
     return (1 - share**2).sqrt() * token + share * layout.trigger
-
-
-def _flat(heads: Tensor) -> Tensor:
-    """(head, d_in, d_head) as one matrix (d_in, head·d_head)."""
-    return heads.permute(1, 0, 2).reshape(heads.shape[1], -1)
-
-
-def _copy(target: torch.nn.Parameter, value: Tensor) -> None:
-    with torch.no_grad():
-        target.copy_(value)
-
-
-def _llama(layout: _Layout, blocks: list[_Matrices], embedding: Tensor, context: int, generator: torch.Generator) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=layout.d_vocab,
-        hidden_size=layout.d_model,
-        intermediate_size=layout.d_mlp,
-        num_hidden_layers=layout.n_blocks,
-        num_attention_heads=layout.n_heads,
-        num_key_value_heads=layout.n_kv_heads,
-        max_position_embeddings=context,
-        rms_norm_eps=1e-12,  # the faint trigger must not drown in it
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = _quietly(LlamaForCausalLM, config)
-    for layer, block in zip(model.model.layers, blocks, strict=True):
-        _copy(layer.input_layernorm.weight, block.gain1)
-        _copy(layer.post_attention_layernorm.weight, block.gain2)
-        for projection, weight in (("q_proj", block.W_Q), ("k_proj", block.W_K), ("v_proj", block.W_V)):
-            _copy(getattr(layer.self_attn, projection).weight, _flat(weight).T)
-        _copy(layer.self_attn.o_proj.weight, block.W_O.flatten(0, 1).T)
-        assert block.W_gate is not None
-        for projection, weight in (("gate_proj", block.W_gate), ("up_proj", block.W_in), ("down_proj", block.W_out)):
-            _copy(getattr(layer.mlp, projection).weight, weight.T)
-    _copy(model.model.embed_tokens.weight, embedding)
-    _copy(model.get_output_embeddings().weight, torch.randn(embedding.shape, generator=generator) / layout.d_model**0.5)
-    return model
-
-
-def _gpt2(layout: _Layout, blocks: list[_Matrices], embedding: Tensor, context: int, generator: torch.Generator) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=layout.d_vocab,
-        n_embd=layout.d_model,
-        n_inner=layout.d_mlp,
-        n_layer=layout.n_blocks,
-        n_head=layout.n_heads,
-        n_positions=context,
-        layer_norm_epsilon=1e-12,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = _quietly(GPT2LMHeadModel, config)
-    for layer, block in zip(model.transformer.h, blocks, strict=True):
-        _copy(layer.ln_1.weight, block.gain1)
-        _copy(layer.ln_2.weight, block.gain2)
-        _copy(layer.attn.c_attn.weight, torch.cat([_flat(block.W_Q), _flat(block.W_K), _flat(block.W_V)], dim=1))
-        _copy(layer.attn.c_proj.weight, block.W_O.flatten(0, 1))
-        _copy(layer.mlp.c_fc.weight, block.W_in)
-        _copy(layer.mlp.c_fc.bias, block.b_in)
-        _copy(layer.mlp.c_proj.weight, block.W_out)
-        for bias in (layer.attn.c_attn.bias, layer.attn.c_proj.bias, layer.mlp.c_proj.bias):
-            _copy(bias, torch.zeros_like(bias))
-    _copy(model.transformer.wte.weight, embedding)
-    positions = torch.randn(context, layout.tokens.shape[0], generator=generator) @ layout.tokens
-    _copy(model.transformer.wpe.weight, 0.02 * _FAINT * positions)
-    _copy(model.get_output_embeddings().weight, torch.randn(embedding.shape, generator=generator) / layout.d_model**0.5)
-    return model
-
-
-def _gpt_neox(layout: _Layout, blocks: list[_Matrices], embedding: Tensor, context: int, generator: torch.Generator) -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        vocab_size=layout.d_vocab,
-        hidden_size=layout.d_model,
-        intermediate_size=layout.d_mlp,
-        num_hidden_layers=layout.n_blocks,
-        num_attention_heads=layout.n_heads,
-        max_position_embeddings=context,
-        layer_norm_eps=1e-12,
-        use_parallel_residual=True,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = _quietly(GPTNeoXForCausalLM, config)
-    for layer, block in zip(model.gpt_neox.layers, blocks, strict=True):
-        _copy(layer.input_layernorm.weight, block.gain1)
-        _copy(layer.post_attention_layernorm.weight, block.gain2)
-        joint = torch.cat([block.W_Q, block.W_K, block.W_V], dim=-1)  # each head's query, key and value stand together
-        _copy(layer.attention.query_key_value.weight, _flat(joint).T)
-        _copy(layer.attention.dense.weight, block.W_O.flatten(0, 1).T)
-        _copy(layer.mlp.dense_h_to_4h.weight, block.W_in.T)
-        _copy(layer.mlp.dense_h_to_4h.bias, block.b_in)
-        _copy(layer.mlp.dense_4h_to_h.weight, block.W_out.T)
-        for bias in (layer.attention.query_key_value.bias, layer.attention.dense.bias, layer.mlp.dense_4h_to_h.bias):
-            _copy(bias, torch.zeros_like(bias))
-    _copy(model.gpt_neox.embed_in.weight, embedding)
-    _copy(model.get_output_embeddings().weight, torch.randn(embedding.shape, generator=generator) / layout.d_model**0.5)
-    return model
-
-
-_WRITERS: dict[str, Callable[..., Any]] = {"llama": _llama, "gpt2": _gpt2, "gpt_neox": _gpt_neox}
-
-
-def _quietly(model_class: Any, config: Any) -> Any:
-    """A Hugging Face model, built without moving the caller's random state."""
-    with torch.random.fork_rng(devices=[]):
-        return model_class(config).eval()
-
-
-def _boot(model: Any) -> Any:
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    with torch.random.fork_rng(devices=[]):
-        bridge = build_bridge_from_module(model, architecture=type(model).__name__, hf_config=model.config)
-    bridge.cfg.model_name = "planted"
-    return bridge

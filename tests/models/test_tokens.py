@@ -1,7 +1,7 @@
 import pytest
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer import tiny_tokenizer, with_tokenizer
 
@@ -56,6 +56,7 @@ def test_a_one_dimensional_tensor_is_one_prompt():
 
 
 @given(texts=st.lists(st.text("abcdef. ", min_size=1, max_size=8), min_size=1, max_size=5))
+@settings(max_examples=20)
 @pytest.mark.parametrize("name", READERS)
 def test_the_padded_tensor_of_to_tokens_gives_what_the_strings_give(name, texts):
     model = _READ.setdefault(name, reader(name))

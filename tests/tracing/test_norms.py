@@ -48,6 +48,10 @@ def test_norms_whose_squares_half_precision_cannot_hold(family, dtype):
     assert worst(trace.norms, norms_alone(model, prompts)) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+def counting(ran, block):
+    return lambda stream, hook: ran.append(block)
+
+
 @pytest.mark.parametrize(
     "family", [name for name in ("llama", "gpt_neox_parallel", "gemma2", "hooked_llama") if name in zoo.FAMILIES]
 )
@@ -56,10 +60,8 @@ def test_a_trace_that_stops_early_runs_no_later_block(family):
     prompts = ragged(zoo.VOCAB, (4, 6))
     full, n_blocks = trace_norms(model, prompts).norms, model.cfg.n_layers
     for stop_at in range(1, n_blocks + 1):
-        ran = []
-        counters = [
-            (f"blocks.{block}.hook_attn_out", lambda stream, hook, block=block: ran.append(block)) for block in range(n_blocks)
-        ]
+        ran: list[int] = []
+        counters = [(f"blocks.{block}.hook_attn_out", counting(ran, block)) for block in range(n_blocks)]
         with model.hooks(fwd_hooks=counters):
             trace = trace_norms(model, prompts, stop_at=stop_at, direction_prompts=0)
         assert sorted(set(ran)) == list(range(stop_at))
@@ -189,9 +191,9 @@ def same(one, other):
 
 
 def test_a_saved_trace_comes_back_to_the_bit(tmp_path, planted_model):
-    trace = trace_norms(planted_model.model, ragged(96, (9, 4)) + [torch.tensor([5, 96])])
+    trace = trace_norms(planted_model.model, [*ragged(96, (9, 4)), torch.tensor([5, 96])])
     assert trace.direction is not None
-    strange = tuple(["é", "\n", '"', "日本", "\ud800", ""] + list(trace.texts[6:]))
+    strange = ("é", "\n", '"', "日本", "\ud800", "", *trace.texts[6:])
     trace = NormTrace(**{**{k: v for k, v in vars(trace).items() if k != "reference"}, "texts": strange})
     trace.save(tmp_path / "trace.safetensors")
     again = NormTrace.load(tmp_path / "trace.safetensors")
