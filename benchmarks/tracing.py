@@ -1,6 +1,6 @@
 """What tracing costs: time over the bare forward, and memory that does not grow with the corpus.
 
-    python -m benchmarks.tracing [--tokens 100000] [--rounds 3]
+    python -m benchmarks.tracing [--model tiny|random] [--tokens 100000] [--rounds 3]
 
 Every variant runs the same batches of the same windows of text. Times alternate between the variants over several rounds and the
 fastest round of each counts; peak memory is sampled in a process of its own per variant, beyond what it held once the model was
@@ -142,31 +142,30 @@ def _times(model: Any, windows: list[torch.Tensor], rounds: int) -> dict[str, fl
 
 
 def main() -> None:
-    """Prints one table per model."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--model", choices=list(MODELS))
+    parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
         _report_memory(options.model, options.memory_of, options.tokens)
         return
-    for name in [options.model] if options.model else MODELS:
-        model = MODELS[name]()
-        windows = _windows(model, options.tokens)
-        times = _times(model, windows, options.rounds)
-        print(f"\n{model.cfg.model_name}: {options.tokens} tokens, {len(windows)} windows, {options.threads} threads")
-        print(f"{'':22s} {'time':>8s} {'ratio':>7s} {'memory':>9s} {'ratio':>7s} {'memory, 1/4 of the tokens':>26s}")
-        base_memory = 0.0
-        for variant in VARIANTS | MEMORY_ONLY:
-            memory = _measure_memory(name, variant, options.tokens)
-            quarter = _measure_memory(name, variant, options.tokens // 4)
-            base_memory = base_memory or max(memory, 1.0)
-            timed = f"{times[variant]:7.2f}s {times[variant] / times['forward']:6.2f}x" if variant in times else " " * 16
-            print(f"{variant:22s} {timed} {memory:6.0f}MiB {memory / base_memory:6.2f}x {quarter:23.0f}MiB")
+    model = MODELS[options.model]()
+    windows = _windows(model, options.tokens)
+    times = _times(model, windows, options.rounds)
+    print(f"\n{model.cfg.model_name}: {options.tokens} tokens, {len(windows)} windows, {options.threads} threads")
+    print(f"{'':22s} {'time':>8s} {'ratio':>7s} {'memory':>9s} {'ratio':>7s} {'memory, 1/4 of the tokens':>26s}")
+    base_memory = 0.0
+    for variant in VARIANTS | MEMORY_ONLY:
+        memory = _measure_memory(options.model, variant, options.tokens)
+        quarter = _measure_memory(options.model, variant, options.tokens // 4)
+        base_memory = base_memory or max(memory, 1.0)
+        timed = f"{times[variant]:7.2f}s {times[variant] / times['forward']:6.2f}x" if variant in times else " " * 16
+        print(f"{variant:22s} {timed} {memory:6.0f}MiB {memory / base_memory:6.2f}x {quarter:23.0f}MiB")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,11 @@ def angle(a, b):
 @pytest.fixture(scope="module")
 def table(planted_model):
     entering = {planted_model.decay_block: planted_model.norm}
-    return block_directions(planted_model.model, 3.0 * planted_model.direction, norms=entering)
+    jaxtyping.config.update("jaxtyping_disable", True)  # the type checks cost more than the products of small matrices
+    try:
+        return block_directions(planted_model.model, 3.0 * planted_model.direction, norms=entering)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_the_explosion_block_sends_along_the_direction(planted_model, table):
@@ -62,6 +67,7 @@ def test_the_reference(planted_model, table):
     assert np.isnan(frame.balance.iloc[0])
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_without_a_direction_it_is_that_of_the_most_singular_block(planted_model):
     special = (planted_model.explosion_block, planted_model.decay_block)
     table = block_directions(planted_model.model, blocks=[0, *special])

@@ -74,7 +74,7 @@ def test_the_planted_blocks_and_tokens_are_found(planted_model, direction_prompt
     assert worst(trace.norms[:upto], norms_alone(planted_model.model, prompts)[:upto]) < 1e-4
 
 
-WHERE = [("llama", 0, 5), ("gpt2", 0, 1), ("llama", 4, 5), ("gpt2", 2, 5), ("gpt_neox", 3, 4), ("gpt_neox", 1, 2)]
+WHERE = [("llama", 0, 5), ("gpt2", 0, 1), ("llama", 4, 5), ("gpt_neox", 3, 4), ("gpt_neox", 1, 2)]
 
 
 @pytest.mark.parametrize("pathway", ["head", "embedding"])
