@@ -24,7 +24,8 @@ from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.defects import Defects, HighNormToken, defect_direction, find_defects
 from sd_lens.tracing.direction import DefectDirection
 from sd_lens.tracing.monitor import NormMonitor
-from sd_lens.tracing.norms import NormTrace, trace_norms
+from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.trace import NormTrace
 
 __version__ = "0.1.0"
 

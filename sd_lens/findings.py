@@ -14,7 +14,8 @@ from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.defects import Defects, find_defects
-from sd_lens.tracing.norms import MIN_RATIO, trace_norms
+from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.trace import MIN_RATIO
 
 BUILT_IN_PROMPTS = (
     "The quick brown fox jumps over the lazy dog. It was not the first time, and it would not be the last.",

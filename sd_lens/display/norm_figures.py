@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sd_lens.display.labels import plotly_text, visible
 from sd_lens.display.style import INK, MUTED, ORANGE, VERMILLION, frame, tick_step
-from sd_lens.tracing.norms import MIN_RATIO, NormTrace
+from sd_lens.tracing.trace import MIN_RATIO, NormTrace
 
 MAX_MUTED = 60
 """So many ordinary tokens are drawn as lines; more would be a grey area and a slow page."""

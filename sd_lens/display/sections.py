@@ -18,7 +18,7 @@ from sd_lens.display.labels import visible
 from sd_lens.display.tokens import colored_tokens, peak_block
 from sd_lens.findings import Findings
 from sd_lens.linear.directions import PARTS
-from sd_lens.tracing.norms import NormTrace
+from sd_lens.tracing.trace import NormTrace
 
 MAX_PROMPTS = 6
 MAX_TOKENS = 50

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sd_lens.display.labels import visible
-from sd_lens.tracing.norms import MIN_RATIO, NormTrace
+from sd_lens.tracing.trace import MIN_RATIO, NormTrace
 
 _HIGH, _LOW = "#F28E2B", "#7FB8DA"  # light enough for the black text that CircuitsVis writes on them
 

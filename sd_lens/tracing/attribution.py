@@ -47,8 +47,9 @@ class SublayerShare:
 
     @property
     def ffn_share(self) -> float:
-        """The FFN's share of the block's step, above 1 where the attention works against it."""
-        return self.ffn / (self.attention + self.ffn)
+        """The FFN's share of the block's step, above 1 where the attention works against it; NaN where there is no step."""
+        step = self.attention + self.ffn
+        return self.ffn / step if step else float("nan")
 
     @property
     def main_part(self) -> str:

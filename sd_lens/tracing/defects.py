@@ -19,7 +19,8 @@ from torch import Tensor
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.tracing.direction import DefectDirection
-from sd_lens.tracing.norms import MIN_RATIO, NormTrace, measure_direction, trace_norms
+from sd_lens.tracing.norms import measure_direction, trace_norms
+from sd_lens.tracing.trace import MIN_RATIO, NormTrace
 
 MIN_JUMP = 0.25
 """An explosion block adds at least this share of the peak projection; a block where it builds up over four is one of four."""
@@ -132,7 +133,8 @@ def find_defects(
     """Finds explosion blocks, decay blocks and high-norm tokens in a trace.
 
     The blocks are those where the high-norm tokens' mean projection on the defect direction jumps or falls. For a trace without
-    a direction (``direction_prompts=0``, `NormMonitor`) the norm in excess of the other tokens' takes its place.
+    a direction (``direction_prompts=0``, `NormMonitor`), or with one measured for another ``min_ratio``, the norm in excess of the
+    other tokens' takes its place.
 
     Args:
         trace: From `trace_norms`, `NormTrace.from_cache` or `NormMonitor`.
@@ -160,7 +162,7 @@ def find_defects(
         )
     high = trace.high_norm(min_ratio)
     anywhere = high.any(0)
-    profiles = dict(trace.direction.profiles) if trace.direction is not None else _excess_profiles(trace, anywhere)
+    profiles = _profiles(trace, anywhere, min_ratio)
     explosion, decay = set[int](), set[int]()
     for profile in profiles.values():
         up, down = _steps(torch.tensor(profile, dtype=torch.float64), min_jump, min_fall)
@@ -179,6 +181,13 @@ def find_defects(
     )
 
 
+def _profiles(trace: NormTrace, anywhere: Tensor, min_ratio: float) -> dict[str, tuple[float, ...]]:
+    """Profiles on the direction, where they were measured for this threshold and group of tokens; else on excess norms."""
+    direction = trace.direction
+    measured = dict(direction.profiles) if direction is not None and direction.min_ratio == min_ratio else {}
+    return _excess_profiles(trace, anywhere) | measured
+
+
 def _excess_profiles(trace: NormTrace, anywhere: Tensor) -> dict[str, tuple[float, ...]]:
     """Root of the squared norm in excess of the other tokens' median: the part of a norm that the direction must account for."""
     excess = (trace.norms.double() ** 2 - trace.reference.double().unsqueeze(1) ** 2).clamp(min=0).sqrt()
@@ -188,6 +197,8 @@ def _excess_profiles(trace: NormTrace, anywhere: Tensor) -> dict[str, tuple[floa
 
 def _steps(profile: Tensor, min_jump: float, min_fall: float) -> tuple[list[int], list[int]]:
     """Blocks where a profile rises before its peak and falls after it, by a share of the peak's height."""
+    if -profile.min() > profile.max():  # a group of tokens may go the opposite way along the direction
+        profile = -profile
     peak = int(profile.argmax())
     height = float(profile[peak])
     if height <= 0:

@@ -26,6 +26,7 @@ class DefectDirection:
         n_tokens: High-norm tokens among them.
         mean_pairwise_angle_deg: Mean acute angle between pairs of these vectors, degrees; NaN for a single vector. Over all pairs
             up to 512 vectors, over those of a seeded uniform sample of 512 beyond.
+        min_ratio: What counted as a high norm.
         profiles: Mean projection of high-norm tokens on the direction, after the embedding and after every block, for
             ``"initial"`` tokens and for ``"later"`` ones where there are any.
     """
@@ -34,6 +35,7 @@ class DefectDirection:
     n_vectors: int
     n_tokens: int
     mean_pairwise_angle_deg: float
+    min_ratio: float
     profiles: Mapping[str, tuple[float, ...]]
 
     def __repr__(self) -> str:
@@ -49,11 +51,13 @@ class DirectionAccumulator:
     Args:
         n_points: How many hook points the stream is seen at.
         d_model: Width of the stream.
+        min_ratio: What counts as a high norm, for the record.
         sample: How many vectors the mean pairwise angle is measured on.
         seed: Seeds the choice of these.
     """
 
-    def __init__(self, n_points: int, d_model: int, *, sample: int = 512, seed: int = 0):
+    def __init__(self, n_points: int, d_model: int, *, min_ratio: float, sample: int = 512, seed: int = 0):
+        self._min_ratio = min_ratio
         self._sum = torch.zeros(d_model, dtype=torch.float64)
         self._n_vectors = 0
         self._group_sums = {group: torch.zeros(n_points, d_model, dtype=torch.float64) for group in ("initial", "later")}
@@ -113,5 +117,6 @@ class DirectionAccumulator:
             n_vectors=self._n_vectors,
             n_tokens=sum(self._group_sizes.values()),
             mean_pairwise_angle_deg=mean_pairwise_angle(self._kept),
+            min_ratio=self._min_ratio,
             profiles=profiles,
         )

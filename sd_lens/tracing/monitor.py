@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_lens.models import hook_names
 from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.tracing.norms import NormTrace, _labelled, _norm
+from sd_lens.tracing.trace import NormTrace, labelled, stream_norms
 
 
 class NormMonitor:
@@ -64,7 +64,7 @@ class NormMonitor:
             if point == 0:
                 self._begin_pass()
             if point == len(self._pass):  # not so in a pass that began at a later block, of which nothing is kept
-                self._pass.append(_norm(stream.detach()).cpu())
+                self._pass.append(stream_norms(stream.detach()).cpu())
 
         return hook
 
@@ -125,7 +125,7 @@ class NormMonitor:
             sequences.append(ids[real])
             kept.append(row[:, real])
         model = self._model
-        return _labelled(torch.cat(kept, dim=1), sequences, model, n_blocks=self._n_blocks, d_model=model.cfg.d_model)
+        return labelled(torch.cat(kept, dim=1), sequences, model, n_blocks=self._n_blocks, d_model=model.cfg.d_model)
 
     def __repr__(self) -> str:
         return f"NormMonitor({len(self._runs) + bool(self._pass)} runs seen)"

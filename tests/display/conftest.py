@@ -43,7 +43,7 @@ def not_found():
 @pytest.fixture
 def make_trace():
     """A trace of one prompt with given norms."""
-    from sd_lens.tracing.norms import NormTrace
+    from sd_lens.tracing.trace import NormTrace
 
     def make(norms, texts=None):
         count = norms.shape[1]

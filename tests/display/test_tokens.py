@@ -9,6 +9,7 @@ import torch
 
 from sd_lens.display.labels import visible
 from sd_lens.display.tokens import colored_tokens, peak_block, script_bundle, token_view
+from sd_lens.tracing.trace import MIN_RATIO
 
 
 def props(view):
@@ -82,7 +83,7 @@ def test_colours_are_logarithms_relative_to_the_median(findings):
 
 def test_ordinary_tokens_stay_pale_where_nothing_explodes(not_found):
     shown = props(colored_tokens(not_found.defects.trace))
-    assert shown["maxValue"] == pytest.approx(math.log10(5))
+    assert shown["maxValue"] == pytest.approx(math.log10(MIN_RATIO))
     assert max(map(abs, shown["values"])) < math.log10(5)
 
 

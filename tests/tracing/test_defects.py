@@ -9,7 +9,8 @@ from streams import norms_alone, ragged, worst
 
 from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
-from sd_lens.tracing.norms import NormTrace, trace_norms
+from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.trace import NormTrace
 
 TRIGGER = 96
 
@@ -222,3 +223,20 @@ def test_blocks_that_were_not_traced_have_no_mask():
     for block in (-1, 3):
         with pytest.raises(ValueError, match=f"^block: got {block}; allowed: 0 to 2, the blocks traced"):
             defects.mask(block)
+
+
+def test_a_direction_for_another_threshold_does_not_decide(planted_model):
+    """Profiles measured for one threshold are not used for another: tokens it does not know would be missing from them."""
+    trace = trace_norms(planted_model.model, ragged(96, (20, 20)), min_ratio=1e9)
+    assert trace.direction is None
+    other = trace_norms(planted_model.model, ragged(96, (20, 20)), min_ratio=50.0)
+    found = find_defects(other, min_ratio=6.0)
+    assert found.explosion_blocks == ((planted_model.explosion_block,) if found.tokens else ())
+
+
+def test_a_group_that_goes_the_opposite_way_is_followed():
+    """Tokens whose residual vectors point against the direction explode as much as those that point along it."""
+    from sd_lens.tracing.defects import _steps
+
+    up, down = _steps(torch.tensor([0.0, 0.0, -10.0, -10.0, -1.0], dtype=torch.float64), 0.25, 0.25)
+    assert (up, down) == ([1], [3])

@@ -20,7 +20,7 @@ def pairwise_angle(vectors):
     return float(torch.rad2deg(torch.arccos(cosines)).mean())
 
 
-def by_hand(streams, min_ratio=5.0):
+def by_hand(streams, min_ratio=6.0):
     """The direction and all that is said of it, from kept streams: one (point, pos, d_model) per prompt."""
     flat = torch.cat(streams, dim=1)
     norms = flat.norm(dim=-1)
@@ -117,7 +117,7 @@ def test_a_model_without_high_norm_tokens_has_none():
     trace = trace_norms(model, prompts)
     assert trace.direction is None
     assert measure_direction(model, trace) is None
-    with pytest.raises(ValueError, match=r"^prompts: no token's norm reaches 5 times .*\(largest ratio 1\.\d\); allowed: "):
+    with pytest.raises(ValueError, match=r"^prompts: no token's norm reaches 6 times .*\(largest ratio 1\.\d\); allowed: "):
         defect_direction(model, prompts)
     # A threshold low enough finds some, which then agree with nothing but the definition.
     assert_same(measure_direction(model, trace, min_ratio=1.2), by_hand(streams_alone(model, prompts), 1.2))
@@ -135,7 +135,7 @@ def test_sums_over_any_batches_are_those_over_all_vectors(shape, split, seed, sh
     generator = torch.Generator().manual_seed(seed)
     streams = torch.randn(3, *shape, 5, generator=generator) + 1.0
     high = torch.rand(3, *shape, generator=generator) < share
-    accumulator = DirectionAccumulator(3, 5)
+    accumulator = DirectionAccumulator(3, 5, min_ratio=6.0)
     for rows in torch.arange(shape[0]).split(split):
         for point in range(3):
             accumulator.add(point, streams[point, rows], high[point, rows], high[:, rows].any(0))
@@ -161,7 +161,7 @@ def test_sums_over_any_batches_are_those_over_all_vectors(shape, split, seed, sh
 
 def fed(vectors, **options):
     """The direction of these vectors, taken in 100 at a time."""
-    accumulator = DirectionAccumulator(1, vectors.shape[1], **options)
+    accumulator = DirectionAccumulator(1, vectors.shape[1], min_ratio=6.0, **options)
     for some in vectors.split(100):
         every = torch.ones(1, len(some), dtype=torch.bool)
         accumulator.add(0, some.unsqueeze(0), every, every)

@@ -6,7 +6,8 @@ from tokenizer import with_tokenizer
 
 from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import defect_direction, find_defects
-from sd_lens.tracing.norms import NormTrace, trace_norms
+from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.trace import NormTrace
 
 LENGTHS = (7, 1, 12, 3, 12, 2)
 
