@@ -138,6 +138,9 @@ class LiveWeights(ModelWeights):
         module: nn.Module = self._model.blocks[block]
         norms = _norms(self._model, module)
         where = f"block {block}"
+        for name in ("attn", "mlp"):
+            if getattr(module, name, None) is None:
+                raise ValueError(f"model: {where} has no {name}; allowed: blocks with one dense attention and one dense FFN")
         return BlockWeights(
             block=block,
             attention=_attention(module.attn, norms, where),
