@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import typer
 
@@ -68,7 +69,7 @@ def _boot(model: str, device: str, dtype: str) -> Any:
     if dtype not in dtypes:
         raise BadInput(f"--dtype: got {dtype!r}; allowed: {', '.join(dtypes)}")
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device: got {device!r}; allowed: a device that this machine has, such as cpu") from None
     _go_offline_if_needed(model)
@@ -80,7 +81,7 @@ def _boot(model: str, device: str, dtype: str) -> Any:
 
 def _go_offline_if_needed(model: str) -> None:
     """Where the hub's name does not resolve, a hub model is looked for in the local cache at once, not after minutes of retries."""
-    if model == "tiny" or Path(model).expanduser().exists():
+    if model == "tiny" or os.path.exists(os.path.expanduser(model)) or {"https", "all"} & getproxies().keys():
         return
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:
@@ -124,6 +125,8 @@ def _json_prompts(file: Path, content: str) -> list[str]:
 def _require_writable(out: Path | None, json_file: Path | None) -> None:
     from sd_lens.display.files import require_writable
 
+    if out is not None and json_file is not None and out.resolve() == json_file.resolve():
+        raise BadInput(f"--out, --json: got {out} for both; allowed: two files")
     for path, option in ((out, "--out"), (json_file, "--json")):
         if path is not None:
             require_writable(path, argument=option)

@@ -84,9 +84,11 @@ def analyse(
         >>> analyse(load("tiny")).defects.found
         True
     """
+    checked = check(model)
+    if any(row.check == "causality" and row.passed is False for row in checked.rows):
+        raise ValueError("model: its tokens change those before them; allowed: causal decoders")
     trace = trace_norms(model, prompts, prepend_bos=prepend_bos, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress)
     defects = find_defects(trace, min_ratio=min_ratio)
-    checked = check(model)
     directions, reason = None, ""
     if checked.applies("block_directions"):
         direction = None if trace.direction is None else trace.direction.direction

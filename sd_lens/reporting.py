@@ -38,16 +38,18 @@ def report(
         >>> report(load("tiny"), out="report.html").defects.found  # doctest: +SKIP
         True
     """
-    from sd_lens.display.files import require_writable, write_text
+    from sd_lens.display.files import require_writable
     from sd_lens.display.records import report_record, write_json
-    from sd_lens.display.report import render
+    from sd_lens.display.report import render, write_page
 
+    if json is not None and os.path.realpath(out) == os.path.realpath(json):
+        raise ValueError(f"out, json: got {os.fspath(out)!r} for both; allowed: two files")
     require_writable(out)
     if json is not None:
         require_writable(json, argument="json")
     findings = analyse(model, prompts, **options)
-    page = render(findings)
+    page, record = render(findings), report_record(findings)
+    write_page(page, out)
     if json is not None:
-        write_json(report_record(findings), json)
-    write_text(page, out)
+        write_json(record, json)
     return findings

@@ -73,3 +73,13 @@ def test_nothing_found_in_a_model_with_norms_after_its_sublayers():
     assert findings.directions is None
     assert findings.no_directions_because == "norms before the sublayers: a norm stands after a sublayer"
     assert findings.attribution.shares == ()
+
+
+def test_a_model_that_looks_ahead_is_refused(monkeypatch):
+    from sd_lens import findings
+    from sd_lens.models.check import Check, CheckRow
+
+    looks_ahead = Check("model", 1e-4, (CheckRow("causality", False, 0.3, 0, "a token changes those before it"),))
+    monkeypatch.setattr(findings, "check", lambda model: looks_ahead)
+    with pytest.raises(ValueError, match=r"^model: its tokens change those before them"):
+        findings.analyse(zoo.cached("llama"), zoo.tokens(zoo.cached("llama")))

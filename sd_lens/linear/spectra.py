@@ -62,6 +62,9 @@ def leading_singular(linear_map: LinearMap, k: int = 1, *, seed: int = 0) -> Sin
         u, s, vt = np.linalg.svd(linear_map.to_dense().double().cpu().numpy())
     else:
         start = np.random.default_rng(seed).standard_normal(d)
+        if not linear_map.mv(torch.from_numpy(start).to(linear_map.like)).any():  # ARPACK cannot start on a map that is zero
+            basis = torch.eye(d, k, dtype=torch.float64, device=linear_map.like.device)
+            return SingularTriplets(basis, torch.zeros(k, dtype=torch.float64, device=basis.device), basis.clone())
         options: dict[str, Any] = {"v0": start, "tol": 1e-10, "maxiter": 50 * d}
         found: Any = svds(linear_map.as_linear_operator(), k=k, **options)
         u, s, vt = found

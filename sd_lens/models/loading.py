@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sd_lens.models.completeness import missing_tensors
 from sd_lens.models.live import LiveWeights, is_mixture_of_experts
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.weights import ModelWeights
@@ -74,7 +75,7 @@ def _boot(name: str, dtype: torch.dtype, boot: dict[str, Any]) -> Any:
     if not name:
         raise FileNotFoundError("model: got an empty name; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
     if folder.is_dir():
-        _require_decoder_config(folder)
+        _require_whole_decoder(folder)
         return _boot_from(str(folder), dtype, boot, shown=folder.resolve().name)
     if folder.exists():
         raise ValueError(f"model: {name} is a file; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
@@ -88,7 +89,7 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
 
 
-def _require_decoder_config(folder: Path) -> None:
+def _require_whole_decoder(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model: folder {folder} has no config.json; allowed: a folder with a Hugging Face checkpoint")
@@ -101,6 +102,10 @@ def _require_decoder_config(folder: Path) -> None:
     names = [str(name) for name in config.get("architectures") or ()]
     if config.get("is_encoder_decoder") or any("MaskedLM" in name or name == "BertModel" for name in names):
         raise ValueError(f"model: {folder} holds {', '.join(names or ['an encoder'])}; allowed: causal decoders")
+    missing = missing_tensors(folder)
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"model: the files in {folder} lack {shown}; allowed: a checkpoint with every weight of its model")
 
 
 def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: str) -> Any:
@@ -109,7 +114,7 @@ def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: 
     options = {"device": "cpu"} | boot
     try:
         model = TransformerBridge.boot_transformers(source, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a folder or name can be wrong in as many ways as there are libraries below
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name"
@@ -160,8 +165,10 @@ def _is_centred(model: Any) -> bool:
     norm = block.ffn.norm or block.attention.norm
     if norm is None or norm.kind != "layer":
         return False
-    rows = block.ffn.W_out[:256].float()
-    return bool(rows.mean(-1).abs().max() < 1e-5 * rows.abs().mean()) and bool(rows.abs().max() > 0)
+    stored = block.ffn.W_out[:256]
+    rows = stored.float()
+    rounding = max(1e-5, 0.5 * torch.finfo(stored.dtype).eps)  # of a mean that was zero before it was stored
+    return bool(rows.mean(-1).abs().max() < rounding * rows.abs().mean()) and bool(rows.abs().max() > 0)
 
 
 def weights_of(model: TransformerLensModel) -> ModelWeights:

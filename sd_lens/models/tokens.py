@@ -59,7 +59,17 @@ def _encode(model: TransformerLensModel, prompt: str, prepend_bos: bool | None) 
         raise ValueError("prompts: got text for a model without tokenizer; allowed: token ids")
     if not prompt:
         raise ValueError("prompts: got an empty prompt; allowed: prompts of at least one character")
+    if not _is_text(prompt):
+        raise ValueError(f"prompts: got {prompt[:20]!r}, which is not valid Unicode; allowed: text")
     return model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0]
+
+
+def _is_text(prompt: str) -> bool:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # lone surrogates, which is how bytes that are no UTF-8 arrive from a command line
+        return False
+    return True
 
 
 def _rows(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -67,16 +77,30 @@ def _rows(model: Any, tokens: Tensor) -> list[Tensor]:
         tokens = tokens.unsqueeze(0)
     if tokens.ndim != 2 or tokens.shape[0] == 0:
         raise ValueError(f"prompts: got a tensor of shape {tuple(tokens.shape)}; allowed: {_ALLOWED}")
+    return [row[: int(length)] for row, length in zip(tokens, unpadded_lengths(model, tokens), strict=True)]
+
+
+def unpadded_lengths(model: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
+    """How many of each row's tokens are left when trailing padding is cut off; all of them where the model has no padding id.
+
+    Args:
+        model: The model, for its tokenizer; None where it is not known.
+        tokens: Token ids.
+
+    Raises:
+        ValueError: Padding stands on the left.
+    """
+    whole = torch.full((len(tokens),), tokens.shape[1])
     tokenizer = getattr(model, "tokenizer", None)
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or len(tokens) == 1 or tokens.shape[1] == 0:
-        return list(tokens)
+        return whole
     begins_with_pad = (tokens[:, 0] == pad) & (tokens != pad).any(dim=1)
     if pad != getattr(tokenizer, "bos_token_id", None) and bool(begins_with_pad.any()):
         raise ValueError("prompts: got token ids padded on the left; allowed: padding on the right, or a list of unpadded tensors")
     # The last token that is no padding ends the prompt; the first stays in any case, it may be a BOS with the padding's id.
     kept = (tokens != pad).long() * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    return [row[: max(1, int(length))] for row, length in zip(tokens, kept.amax(dim=1), strict=True)]
+    return kept.amax(dim=1).clamp(min=1).cpu()
 
 
 def _require_valid(model: TransformerLensModel, number: int, sequence: Tensor) -> None:
@@ -94,13 +118,19 @@ def _require_valid(model: TransformerLensModel, number: int, sequence: Tensor) -
 
 
 def decode_each(model: Any, ids: Iterable[int]) -> list[str]:
-    """Every token id as text on its own, with the spaces it has in a text; as ``<id>`` where the model has no tokenizer."""
+    """Every token id as text on its own, with the spaces it has in a text.
+
+    As ``<id>`` where the model has no tokenizer, and as ``?`` where the id is negative, which stands for one that is not known.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     known: dict[int, str] = {}
     texts = []
     for token in ids:
         if token not in known:
-            known[token] = f"<{token}>" if tokenizer is None else _decode(tokenizer, token)
+            if token < 0:
+                known[token] = "?"
+            else:
+                known[token] = f"<{token}>" if tokenizer is None else _decode(tokenizer, token)
         texts.append(known[token])
     return texts
 

@@ -106,6 +106,13 @@ def attribute_sublayers(
         SublayerAttribution(planted: block 1: ffn, block 4: ffn)
     """
     trace, blocks = defects.trace, sorted({*defects.explosion_blocks, *defects.decay_blocks})
+    if (model.cfg.n_layers, model.cfg.d_model) != (trace.n_blocks, trace.d_model) or int(trace.tokens.max()) >= model.cfg.d_vocab:
+        raise ValueError(
+            f"model: got one of {model.cfg.n_layers} blocks, width {model.cfg.d_model} and {model.cfg.d_vocab} tokens; allowed: the model "
+            f"that was traced ({trace.model_name}: {trace.n_blocks} blocks, width {trace.d_model})"
+        )
+    if int(trace.tokens.min()) < 0:
+        raise ValueError("defects: their trace does not know its token ids; allowed: one from trace_norms, or with tokens given")
     if not blocks:
         return SublayerAttribution(trace.model_name, (), 0)
     if trace.direction is None:

@@ -2,8 +2,9 @@
 
 No model's blocks are looked up in a table. Tokens whose norm is a multiple of the others' are the high-norm ones; the mean
 projection of their residual vectors on the defect direction, followed over the blocks, makes a plateau. A block is an explosion
-block if it adds a good part of the plateau's height in one step, and a decay block if it takes away a good part of it. Initial
-tokens and later ones (delimiters) are followed apart, since they may explode in different blocks.
+block if it adds a good part of the plateau's height in one step, and a decay block if it takes away a good part of it later. Initial
+tokens and later ones (delimiters) are followed apart, since they may explode in different blocks; and so that rare tokens are not
+outvoted by frequent ones, a block where some token makes its largest step is an explosion block as well.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ def find_defects(
         up, down = _steps(torch.tensor(profile, dtype=torch.float64), min_jump, min_fall)
         explosion.update(up)
         decay.update(down)
+    explosion.update(_own_blocks(trace, anywhere, min_jump))
     found = bool(anywhere.any())
     return Defects(
         trace=trace,
@@ -188,25 +190,42 @@ def _profiles(trace: NormTrace, anywhere: Tensor, min_ratio: float) -> dict[str,
     return _excess_profiles(trace, anywhere) | measured
 
 
-def _excess_profiles(trace: NormTrace, anywhere: Tensor) -> dict[str, tuple[float, ...]]:
+def _excess(trace: NormTrace) -> Tensor:
     """Root of the squared norm in excess of the other tokens' median: the part of a norm that the direction must account for."""
-    excess = (trace.norms.double() ** 2 - trace.reference.double().unsqueeze(1) ** 2).clamp(min=0).sqrt()
+    return (trace.norms.double() ** 2 - trace.reference.double().unsqueeze(1) ** 2).clamp(min=0).sqrt()
+
+
+def _excess_profiles(trace: NormTrace, anywhere: Tensor) -> dict[str, tuple[float, ...]]:
+    excess = _excess(trace)
     groups = {"initial": anywhere & (trace.position == 0), "later": anywhere & (trace.position > 0)}
     return {group: tuple(excess[:, members].mean(1).tolist()) for group, members in groups.items() if bool(members.any())}
 
 
 def _steps(profile: Tensor, min_jump: float, min_fall: float) -> tuple[list[int], list[int]]:
-    """Blocks where a profile rises before its peak and falls after it, by a share of the peak's height."""
+    """Blocks where a profile rises by a share of its peak's height, and those after the first of them where it falls by one."""
     if -profile.min() > profile.max():  # a group of tokens may go the opposite way along the direction
         profile = -profile
-    peak = int(profile.argmax())
-    height = float(profile[peak])
+    height = float(profile.max())
     if height <= 0:
         return [], []
-    steps = profile.diff() / height  # entry b is block b's
-    up = [block for block in range(peak) if float(steps[block]) >= min_jump]
-    down = [block for block in range(peak, len(steps)) if float(steps[block]) <= -min_fall]
+    steps = (profile.diff() / height).tolist()  # entry b is block b's
+    up = [block for block, step in enumerate(steps) if step >= min_jump]
+    first = up[0] if up else int(profile.argmax()) - 1  # built up slowly, it may still fall at once
+    down = [block for block, step in enumerate(steps) if step <= -min_fall and block > first]
     return up, down
+
+
+def _own_blocks(trace: NormTrace, anywhere: Tensor, min_jump: float) -> set[int]:
+    """Blocks where some high-norm token takes its largest step, if that is a good part of its own peak.
+
+    A mean over tokens shows where most of them explode; those that do in another block must not depend on how many they are.
+    """
+    excess = _excess(trace)[:, anywhere]
+    if excess.shape[1] == 0:
+        return set()
+    steps = excess.diff(dim=0)
+    largest, block = steps.max(dim=0)
+    return set(block[largest >= min_jump * excess.max(dim=0).values].tolist())
 
 
 def _high_norm_tokens(trace: NormTrace, anywhere: Tensor) -> list[HighNormToken]:

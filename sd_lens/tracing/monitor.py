@@ -93,8 +93,8 @@ class NormMonitor:
         """What was seen, as a trace (without a direction: streams are not kept).
 
         Args:
-            tokens: The token ids of all prompts seen, in order, for their labels. Hooks do not see ids; without them they are 0 in
-                the trace. A row may be longer than what was seen, as a generation's last token is never run.
+            tokens: The token ids of all prompts seen, in order, for their labels. Hooks do not see ids; without them they are −1 in
+                the trace, and their text is ``?``. A row may be longer than what was seen, as a generation's last token is never run.
             mask: True at real tokens, False at padding; same shape as ``tokens``, or as what was seen.
 
         Returns:
@@ -121,7 +121,7 @@ class NormMonitor:
             real = torch.ones(length, dtype=torch.bool) if mask is None else mask[number, :length].cpu().bool()
             if not bool(real.any()):
                 raise ValueError(f"mask: got only False in row {number}; allowed: at least one real token in every row")
-            ids = torch.zeros(length, dtype=torch.long) if tokens is None else tokens[number, :length].cpu()
+            ids = torch.full((length,), -1) if tokens is None else tokens[number, :length].cpu()
             sequences.append(ids[real])
             kept.append(row[:, real])
         model = self._model

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sd_lens.models import hook_names
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.tokens import decode_each
+from sd_lens.models.tokens import decode_each, unpadded_lengths
 from sd_lens.tracing.direction import DefectDirection, DirectionAccumulator
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ class NormTrace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the trace as one safetensors file, its labels in the metadata."""
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"path: got {os.fspath(path)!r}; allowed: a file in a folder that exists")
         tensors = {name: getattr(self, name).contiguous() for name in ("norms", "tokens", "prompt", "position")}
         labels = {
             "texts": self.texts,
@@ -180,7 +182,7 @@ class NormTrace:
                 block from 0 on, up to where the run was stopped.
             tokens: The token ids that it was run on.
             model: The model it came from, for its tokenizer and number of blocks; default: the cache's own.
-            mask: True at real tokens, False at padding (on the right).
+            mask: True at real tokens, False at padding (on the right); default: what `trace_norms` takes for padding.
             min_ratio: What counts as a high norm, for the defect direction.
 
         Returns:
@@ -192,11 +194,13 @@ class NormTrace:
         model = getattr(cache, "model", None) if model is None else model
         n_blocks = _blocks_in(cache, model)
         streams = [cache[name] for name in hook_names.residual_points(n_blocks)]
-        streams = [stream.unsqueeze(0) if stream.ndim == 2 else stream for stream in streams]
+        streams = [(stream.unsqueeze(0) if stream.ndim == 2 else stream).detach() for stream in streams]
         tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
         if streams[0].shape[:2] != tokens.shape:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}; allowed: the cache's, {tuple(streams[0].shape[:2])}")
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        if mask is None:
+            lengths = unpadded_lengths(model, tokens)
+            mask = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
         if mask.shape != tokens.shape:
             raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: the tokens', {tuple(tokens.shape)}")
         tokens, mask = tokens.cpu(), mask.cpu().bool()
@@ -214,7 +218,7 @@ class NormTrace:
         high[:, mask] = trace.high_norm(min_ratio)
         accumulator = DirectionAccumulator(len(streams), trace.d_model, min_ratio=min_ratio)
         for point, stream in enumerate(streams):
-            accumulator.add(point, stream.detach(), high[point], high.any(0))
+            accumulator.add(point, stream, high[point], high.any(0))
         return replace(trace, direction=accumulator.result())
 
     def __repr__(self) -> str:

@@ -212,3 +212,11 @@ def test_what_is_planted_is_found(planted_model):
     assert eigen.residual < 1e-3 * abs(eigen.value)
     # The truth's own norm is defined by what this eigenvalue cancels where the neuron is far from its threshold.
     assert eigen.balance(planted_model.norm) < 0
+
+
+def test_a_map_that_is_zero_has_zero_singular_values():
+    zero = Dense(torch.zeros(40, 40, dtype=torch.float64))
+    u, s, v = leading_singular(zero, 3)
+    assert s.tolist() == [0.0] * 3
+    assert torch.equal(u.T @ u, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(v.T @ v, torch.eye(3, dtype=torch.float64))

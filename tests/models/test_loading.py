@@ -8,10 +8,12 @@ import pytest
 import torch
 import zoo
 from recording import relative_error, same_state, state
+from safetensors.torch import load_file, save_file
 from tokenizer import save_folder
 from transformer_lens.model_bridge import TransformerBridge
 
 from sd_lens.linear.maps import linearize
+from sd_lens.models.completeness import missing_tensors
 from sd_lens.models.loading import ModelStateWarning, inference, load, weights_of
 
 HOOKED = zoo.HookedTransformer is not None
@@ -213,3 +215,49 @@ def test_inference_gives_every_module_its_mode_back(raising):
         assert raising
     assert torch.is_grad_enabled()
     assert same_state(before, state(model))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """Loading would fill them with random numbers."""
+    folder = tmp_path / "model"
+    save_folder("llama", folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^model: the files in .* lack model\.layers\.1\.mlp\.\w+\.weight, .*; allowed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("family", [name for name, family in zoo.FAMILIES.items() if family.generation == "bridge"])
+def test_whole_checkpoints_lack_nothing(tmp_path, family):
+    save_folder(family, tmp_path / "model")
+    assert missing_tensors(tmp_path / "model") == []
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    save_folder("llama", folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"^model: .*model\.safetensors cannot be read"):
+        load(folder)
+
+
+def test_a_shard_that_the_index_names_must_be_there(tmp_path):
+    folder = tmp_path / "model"
+    save_folder("llama", folder)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks model-00001-of-00002\.safetensors"):
+        load(folder)
+
+
+def test_centred_half_precision_weights_are_noticed():
+    model = zoo.build("gpt2", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for block in model.blocks:
+            weight = block.mlp.out.weight  # (d_mlp, d_model), as GPT-2's modules hold it
+            weight.copy_((weight.double() - weight.double().mean(-1, keepdim=True)).to(weight.dtype))
+    with pytest.raises(ValueError, match="centred"):
+        load(model)
+    load(zoo.build("gpt2", dtype=torch.bfloat16))

@@ -141,3 +141,10 @@ def test_a_stopped_trace_runs_no_later_block():
         attribution = attribute_sublayers(model, defects)
     assert ran == [0, 1]
     assert [share.block for share in attribution.shares] == [1]
+
+
+def test_another_model_than_the_traced_one_is_refused():
+    truth, other = planted(), planted(n_blocks=7)
+    defects = find_defects(trace_norms(truth.model, torch.arange(10)[None]))
+    with pytest.raises(ValueError, match=r"^model: got one of 7 blocks.*allowed: the model that was traced"):
+        attribute_sublayers(other.model, defects)

@@ -6,6 +6,7 @@ import zoo
 from streams import norms_alone, points, ragged, worst
 from tokenizer import with_tokenizer
 
+from sd_lens.models.hook_names import residual_points
 from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
@@ -149,3 +150,26 @@ def test_a_mask_of_another_shape_is_refused():
     _, cache = model.run_with_cache(tokens)
     with pytest.raises(ValueError, match=r"^mask: got shape \(2, 4\); allowed: the tokens', \(2, 5\)"):
         NormTrace.from_cache(cache, tokens, mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_padded_batch_gives_the_same_through_both_doors():
+    """The batch that `to_tokens` pads: neither door takes its padding for tokens."""
+    model = with_tokenizer("llama")
+    tokens = model.to_tokens(["a longer prompt here", "ab"])
+    _, cache = model.run_with_cache(tokens)
+    traced, cached = trace_norms(model, tokens), NormTrace.from_cache(cache, tokens)
+    assert traced.tokens.tolist() == cached.tokens.tolist()
+    assert len(traced.tokens) < tokens.numel()
+    assert torch.allclose(traced.norms, cached.norms, rtol=1e-5)
+
+
+def test_streams_that_carry_gradients_leave_none_in_the_trace():
+    model = zoo.cached("llama")
+    tokens = zoo.tokens(model)
+    kept = {}
+    hooks = [(name, lambda stream, hook, name=name: kept.__setitem__(name, stream)) for name in residual_points(model.cfg.n_layers)]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert all(stream.requires_grad for stream in kept.values())
+    trace = NormTrace.from_cache(kept, tokens, model=model)
+    assert not trace.norms.requires_grad
+    assert len(trace.to_dataframe()) == trace.norms.numel()

@@ -86,8 +86,9 @@ def test_tokens_label_a_generation():
     trace = monitor.result(tokens=out)
     assert trace.tokens.tolist() == out[0, :-1].tolist()
     assert trace.texts[:3] == ("<bos>", "a", "b")
-    assert monitor.result().tokens.tolist() == [0] * 5
-    assert monitor.result().texts == ("<bos>",) * 5
+    unknown = monitor.result()
+    assert unknown.tokens.tolist() == [-1] * 5
+    assert unknown.texts == ("?",) * 5
 
 
 def test_several_runs_with_different_batches_and_padding():

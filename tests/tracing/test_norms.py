@@ -241,3 +241,10 @@ def test_what_the_documentation_says_a_planted_model_shows():
     trace = trace_norms(planted().model, torch.arange(10).unsqueeze(0))
     assert points(6)[2] == "blocks.1.hook_resid_post"
     assert (trace.ratios > 1000).nonzero().tolist() == [[2, 0], [3, 0], [4, 0]]
+
+
+def test_a_trace_cannot_be_saved_into_a_folder_that_is_not_there(planted_model, tmp_path):
+    trace = trace_norms(planted_model.model, ragged(96, (5, 4)))
+    for path in (tmp_path / "nowhere" / "trace.safetensors", tmp_path):
+        with pytest.raises(ValueError, match=r"^path: got .*allowed"):
+            trace.save(path)
