@@ -120,7 +120,7 @@ def trace_norms(
 
         return receive
 
-    # A model that runs all its blocks stops by itself; asked to stop after the last, HookedTransformer would skip the final norm only.
+    # A model that runs all of its blocks ends by itself: asking it to stop after the last would save nothing.
     stop = stop_at if stop_at != n_blocks else None
     run_batches(model, batches(sequences, batch_tokens=batch_tokens), points, reduce, stop_at=stop, progress=progress)
     trace = labelled(norms, sequences, model, n_blocks=n_blocks, d_model=model.cfg.d_model)
