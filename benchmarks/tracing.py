@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from benchmarks.models import random_llama, text_windows
 from sd_lens.models import hook_names
+from sd_lens.models.batches import batches
 from sd_lens.models.loading import inference, load
-from sd_lens.tracing.batches import batches
 from sd_lens.tracing.norms import trace_norms
 
 BATCH_TOKENS = 4096

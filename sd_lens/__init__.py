@@ -12,14 +12,17 @@ Ten lines to begin with::
 
 from sd_lens.findings import Findings, analyse
 from sd_lens.linear.angles import acute_angle, mean_pairwise_angle
-from sd_lens.linear.directions import BlockDirections, block_directions
-from sd_lens.linear.maps import BlockMap, LinearMap, linearize
+from sd_lens.linear.directions import BlockDirections, directions_of
+from sd_lens.linear.inputs import GaussianInput, measure_inputs, measure_router
+from sd_lens.linear.linearize import PostScales, linearize
+from sd_lens.linear.maps import BlockMap, LinearMap
 from sd_lens.linear.spectra import Eigenpair, SingularTriplets, eigen_nearest, leading_singular
 from sd_lens.models.check import Check, check
 from sd_lens.models.loading import ModelStateWarning, load, weights_of
 from sd_lens.models.planted import Planted, planted
 from sd_lens.models.weights import BlockWeights, ModelWeights
 from sd_lens.reporting import report
+from sd_lens.spectrum import block_directions
 from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.defects import Defects, HighNormToken, defect_direction, find_defects
 from sd_lens.tracing.direction import DefectDirection
@@ -38,6 +41,7 @@ __all__ = [
     "Defects",
     "Eigenpair",
     "Findings",
+    "GaussianInput",
     "HighNormToken",
     "LinearMap",
     "ModelStateWarning",
@@ -45,6 +49,7 @@ __all__ = [
     "NormMonitor",
     "NormTrace",
     "Planted",
+    "PostScales",
     "SingularTriplets",
     "SublayerAttribution",
     "acute_angle",
@@ -53,12 +58,15 @@ __all__ = [
     "block_directions",
     "check",
     "defect_direction",
+    "directions_of",
     "eigen_nearest",
     "find_defects",
     "leading_singular",
     "linearize",
     "load",
     "mean_pairwise_angle",
+    "measure_inputs",
+    "measure_router",
     "planted",
     "report",
     "trace_norms",

@@ -68,15 +68,21 @@ def _boot(model: str, device: str, dtype: str) -> Any:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if dtype not in dtypes:
         raise BadInput(f"--dtype: got {dtype!r}; allowed: {', '.join(dtypes)}")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"--device: got {device!r}; allowed: a device that this machine has, such as cpu") from None
+    _require_device(device)
     _go_offline_if_needed(model)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     return load(model, device=device, dtype=dtypes[dtype])
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device: got {device!r}; allowed: a device that this machine has, such as cpu") from None
 
 
 def _go_offline_if_needed(model: str) -> None:
@@ -97,7 +103,7 @@ def _prompts(text: list[str] | None, file: Path | None) -> list[str]:
     if text:
         return text
     if file is None:
-        from sd_lens.findings import BUILT_IN_PROMPTS
+        from sd_lens.spectrum import BUILT_IN_PROMPTS
 
         return list(BUILT_IN_PROMPTS)
     try:
@@ -188,6 +194,106 @@ def trace(
         from sd_lens.display.files import write_text
 
         write_text(traced.plot().to_html(include_plotlyjs=True), out)
+
+
+@_command
+def spectrum(
+    model: Model = "tiny",
+    text: Text = None,
+    prompts_file: PromptsFile = None,
+    out: Out = None,
+    json_file: Json = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Which blocks, such as 0,1,30 (negative ones count from the end); default: all.")
+    ] = None,
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="What angles are taken to: 'measured', the direction of the high-norm tokens, which loads the model; 'weights', the "
+            "leading direction of the most singular block, which reads one block at a time; 'auto': measured where prompts are given "
+            "or the checkpoint is small."
+        ),
+    ] = "auto",
+    inputs: Annotated[
+        str,
+        typer.Option(
+            help="What FFNs are fitted to: 'unit' (N(0, I) at the projections, as in the paper), 'gain' (before the norm's gain), or "
+            "'measured' (on the prompts; loads the model)."
+        ),
+    ] = "unit",
+    estimator: Annotated[str, typer.Option(help="'closed_form', or 'sampled', the paper's least squares.")] = "closed_form",
+    samples: Annotated[int, typer.Option(help="Number of samples of the sampled estimator.")] = 100_000,
+    paper: Annotated[bool, typer.Option("--paper", help="Leave out biases and mean subtraction, as the paper does.")] = False,
+    seed: Annotated[int, typer.Option(help="Seeds solvers and samples.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """What each block does to a vector, from its weights: singular directions, and eigenvalues along the high-norm direction."""
+    from sd_lens.spectrum import block_directions
+
+    _require_writable(out, json_file)
+    chosen = _blocks(blocks)
+    for option, value, allowed in (
+        ("--reference", reference, ("auto", "measured", "weights")),
+        ("--inputs", inputs, ("unit", "gain", "measured")),
+        ("--estimator", estimator, ("closed_form", "sampled")),
+    ):
+        if value not in allowed:
+            raise BadInput(f"{option}: got {value!r}; allowed: {', '.join(allowed)}")
+    given = _prompts(text, prompts_file) if text or prompts_file else None
+    if reference == "weights" and (given or inputs == "measured"):
+        raise BadInput(
+            "--reference: got 'weights' with prompts or measured inputs; allowed: 'auto' or 'measured', as they need the model"
+        )
+    measured = reference == "measured" or given is not None or inputs == "measured" or (reference == "auto" and _is_small(model))
+    source = _boot(model, device, dtype) if measured else _weights(model, device)
+    options: Any = {"inputs": inputs, "estimator": estimator, "samples": samples, "paper": paper, "seed": seed, "device": device}
+    table = block_directions(source, blocks=chosen, prompts=given, **options)
+    typer.echo(table)
+    typer.echo(table.sentence())
+    typer.echo(
+        table.to_dataframe().to_string(index=False, na_rep="", float_format="%.4g", formatters={"eigenvalue": "{:.4g}".format})
+    )
+    for note in table.notes:
+        typer.echo(f"({note})")
+    if json_file is not None:
+        from sd_lens.display.records import spectrum_record, write_json
+
+        write_json(spectrum_record(table), json_file)
+    if out is not None:
+        from sd_lens.display.report import render_spectrum, write_page
+
+        write_page(render_spectrum(table), out)
+
+
+def _blocks(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--blocks: got {text!r}; allowed: whole numbers with commas between them, such as 0,1,30") from None
+
+
+# A model whose files take less than this is loaded without being asked for.
+_SMALL = 2 * 10**9
+
+
+def _is_small(model: str) -> bool:
+    """Whether loading a model costs little: it ships with the package, or its files are small and have a tokenizer beside them."""
+    folder = Path(os.path.expanduser(model))
+    if not folder.is_dir():
+        return model == "tiny"
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return size <= _SMALL and any(folder.glob("tokenizer*"))
+
+
+def _weights(model: str, device: str) -> Any:
+    from sd_lens.models.loading import weights_of
+
+    _require_device(device)
+    _go_offline_if_needed(model)
+    return weights_of(model)
 
 
 @_command

@@ -6,26 +6,18 @@ sentences what they show. It stands below ``display/``, which draws it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sd_lens.linear.directions import BlockDirections, block_directions
+from sd_lens.linear.directions import BlockDirections, directions_of
 from sd_lens.models.check import Check, check
+from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
+from sd_lens.spectrum import BUILT_IN_PROMPTS, entering_norms
 from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.trace import MIN_RATIO
-
-BUILT_IN_PROMPTS = (
-    "The quick brown fox jumps over the lazy dog. It was not the first time, and it would not be the last.",
-    "Return a new list containing all items from the iterable in ascending order.\n\nA custom key function can be supplied.",
-    "In 1969, two people walked on the Moon; a third waited in orbit. They came back with 21.5 kg of rock.",
-    'def area(width, height):\n    """Area of a rectangle."""\n    return width * height\n',
-    "Once upon a time there was a small boat. Every morning it went out to sea, and every evening it came home.",
-    "Water boils at a lower temperature in the mountains, because the air pressure is lower there. How much lower?",
-)
-"""What is traced where the caller gives no prompts: prose, numbers and code, with delimiters of all kinds."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +84,13 @@ def analyse(
     directions, reason = None, ""
     if checked.applies("block_directions"):
         direction = None if trace.direction is None else trace.direction.direction
-        directions = block_directions(model, direction, norms=_entering_norms(defects), progress=progress)
+        directions = directions_of(weights_of(model), direction, norms=entering_norms(defects), progress=progress)
+        if direction is not None:
+            directions = replace(directions, reference_source="measured")
     else:
         table = checked.analyses()
         reason = str(table.loc[table.analyses.str.contains("block_directions"), "because"].item())
     return Findings(checked, defects, attribute_sublayers(model, defects, batch_tokens=batch_tokens), directions, reason)
-
-
-def _entering_norms(defects: Defects) -> dict[int, float]:
-    """Mean norm of the high-norm tokens entering each block."""
-    trace = defects.trace
-    high = trace.high_norm(defects.min_ratio).any(0)
-    return {b: float(trace.norms[b, high].mean()) for b in range(trace.n_blocks)} if bool(high.any()) else {}
 
 
 def _what(findings: Findings) -> str:

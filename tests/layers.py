@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
 from sd_lens.models.activations import KNOWN
-from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, NormWeights
+from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, MoEWeights, NormWeights
 
 
 def random_block(
@@ -22,10 +24,11 @@ def random_block(
     parallel: bool = False,
     activation: str = "silu",
     post_norm: bool = False,
+    output_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> BlockWeights:
-    """A block whose every tensor is random, gains and biases too."""
+    """A block with a dense FFN whose every tensor is random, gains and biases too."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -45,6 +48,7 @@ def random_block(
         b_O=bias(d_model),
         norm=norm(),
         post_norm=norm() if post_norm else None,
+        output_scale=output_scale,
     )
     ffn = FFNWeights(
         W_in=draw(d_model, d_mlp) / d_model**0.5,
@@ -57,8 +61,50 @@ def random_block(
         norm=norm(),
         post_norm=norm() if post_norm else None,
         b_hidden=bias(d_mlp) if gated else None,
+        output_scale=output_scale,
     )
     return BlockWeights(block=seed, attention=attention, ffn=ffn, parallel=parallel)
+
+
+def random_mixture(
+    *,
+    experts: int = 5,
+    top_k: int = 2,
+    renormalized: bool = False,
+    shared: bool = False,
+    shared_gate: bool = True,
+    d_model: int = 10,
+    biases: bool = True,
+    kind: str = "rms",
+    post_norm: bool = False,
+    output_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> MoEWeights:
+    """A mixture whose every tensor is random; its experts, and the shared one, have d_mlp 7."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    layers = [
+        random_block(d_model=d_model, biases=biases, kind=kind, post_norm=post_norm, dtype=dtype, seed=1000 * seed + index).ffn
+        for index in range(experts + 1)
+    ]
+    norm, post = layers[0].norm, layers[0].post_norm
+    layers = [replace(layer, norm=norm, post_norm=None) for layer in layers]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return MoEWeights(
+        experts=tuple(layers[:experts]),
+        W_router=draw(d_model, experts) / d_model**0.5,
+        b_router=draw(experts) if biases else None,
+        top_k=top_k,
+        renormalized=renormalized,
+        norm=norm,
+        post_norm=post,
+        shared=layers[-1] if shared else None,
+        W_shared_gate=draw(d_model, 1) if shared and shared_gate else None,
+        output_scale=output_scale,
+    )
 
 
 blocks = st.builds(
@@ -73,6 +119,24 @@ blocks = st.builds(
     biases=st.booleans(),
     parallel=st.booleans(),
     activation=st.sampled_from(sorted(KNOWN)),
+    output_scale=st.sampled_from([1.0, 0.3]),
     seed=st.integers(0, 10_000),
 )
 """Pre-norm blocks of many shapes, float64."""
+
+# Keywords only: the type checks draw random numbers when they look at a tuple, which a strategy must not.
+mixtures = st.fixed_dictionaries(
+    {
+        "experts": st.integers(2, 5),
+        "top_k": st.integers(1, 2),
+        "renormalized": st.booleans(),
+        "shared": st.booleans(),
+        "shared_gate": st.booleans(),
+        "biases": st.booleans(),
+        "kind": st.sampled_from(["rms", "layer"]),
+        "post_norm": st.booleans(),
+        "output_scale": st.sampled_from([1.0, 0.3]),
+        "seed": st.integers(0, 10_000),
+    }
+)
+"""Keywords of `random_mixture`, for mixtures of experts of many kinds."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sd_lens import cli
 
@@ -66,6 +67,94 @@ def test_prompts_may_come_from_json(run, tmp_path):
     code, _, _ = run("trace", "--prompts-file", "prompts.json", "--json", "trace.json")
     assert code == 0
     assert len(json.loads((tmp_path / "trace.json").read_text())["prompts"]) == 2
+
+
+def test_spectrum_of_the_tiny_model_is_taken_to_its_measured_direction(run, tmp_path):
+    code, out, err = run("spectrum", "--json", "spectrum.json", "--out", "page.html")
+    assert code == 0, err
+    assert "stands out most in block 2: 7.07" in out
+    record = json.loads((tmp_path / "spectrum.json").read_text())
+    assert (record["schema"], record["n_blocks"], record["d_model"]) == ("sd_lens.spectrum/1", 6, 128)
+    assert record["reference"] == "measured"
+    assert [(row["block"], row["part"]) for row in record["blocks"][:4]] == [
+        (0, "attention"),
+        (0, "ffn"),
+        (0, "block"),
+        (1, "attention"),
+    ]
+    ffn = next(row for row in record["blocks"] if (row["block"], row["part"]) == (2, "ffn"))
+    assert ffn["angle_deg"] < 7
+    assert ffn["gap"] == ffn["sigma1"] / ffn["sigma2"] > 3
+    page = (tmp_path / "page.html").read_text()
+    assert "Singular values of the blocks of tiny" in page
+    assert sorted(os.listdir(tmp_path)) == ["page.html", "spectrum.json"]
+
+
+def test_spectrum_from_weights_alone(run, tmp_path):
+    code, out, _ = run(
+        "spectrum", "tiny", "--reference", "weights", "--blocks", "2,-1", "--json", "some.json", "--paper", "--inputs", "gain"
+    )
+    assert code == 0
+    record = json.loads((tmp_path / "some.json").read_text())
+    assert {row["block"] for row in record["blocks"]} == {2, 5}
+    assert record["n_blocks"] == 6
+    assert record["reference"].startswith("block ")
+    assert record["notes"] == [
+        "FFNs fitted to N(0, I) before the norm's gain and bias",
+        "biases and mean subtraction left out, as in the paper",
+    ]
+    assert all(f"({note})" in out for note in record["notes"])
+
+
+def test_spectrum_sampled_and_measured(run, tmp_path):
+    code, out, _ = run(
+        "spectrum", "--blocks", "2", "--estimator", "sampled", "--samples", "5000", "--inputs", "measured", "--text", "One. Two."
+    )
+    assert code == 0
+    assert "FFN fit: sampled (5000 samples, seed 0)" in out
+    assert "FFNs fitted to given Gaussians" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (("--blocks", "1,x"), "--blocks: got '1,x'; allowed: whole numbers"),
+        (("--blocks", "6"), "blocks: got 6; allowed: 0 to 5"),
+        (("--inputs", "text"), "--inputs: got 'text'; allowed: unit, gain, measured"),
+        (("--estimator", "lstsq"), "--estimator: got 'lstsq'; allowed: closed_form, sampled"),
+        (("--reference", "given"), "--reference: got 'given'; allowed: auto, measured, weights"),
+        (("--reference", "weights", "--text", "a"), "--reference: got 'weights' with prompts"),
+        (("--estimator", "sampled", "--samples", "10"), "samples: got 10; allowed: at least 2 * d_model = 256"),
+        (("--reference", "weights", "--device", "nowhere"), "--device: got 'nowhere'"),
+    ],
+)
+def test_spectrum_refuses(run, tmp_path, words, needle):
+    assert_bad_input(run("spectrum", "tiny", *words, "--json", "x.json"), needle)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "quantised"])
+def test_spectrum_of_a_damaged_folder(run, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    from sd_lens.models.loading import TINY
+
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.3.mlp.down_proj.weight"
+    if damage == "missing":
+        save_file({key: value for key, value in tensors.items() if key != name}, weights)
+    elif damage == "quantised":
+        save_file(tensors | {name: tensors[name].to(torch.int8)}, weights)
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+        name = "model.safetensors"
+    assert_bad_input(run("spectrum", str(folder), "--json", "x.json"), name)
+    assert os.listdir(tmp_path) == ["copy"]
 
 
 def test_check_lists_the_analyses(run, tmp_path):
@@ -163,7 +252,7 @@ def test_every_import_points_down():
     """The floors of docs/design.md, bottom first; imports inside functions (a result's plot()) are not counted."""
     import ast
 
-    floors = ["models", "linear", "tracing", "findings", "display", "reporting", "cli"]
+    floors = ["models", "linear", "tracing", "spectrum", "findings", "display", "reporting", "cli"]
     package = Path(cli.__file__).parent
     for path in package.rglob("*.py"):
         own = path.relative_to(package).parts[0].removesuffix(".py")

@@ -10,9 +10,12 @@ from recording import same_state, state
 from streams import ragged
 
 from sd_lens.findings import analyse
-from sd_lens.linear.directions import block_directions
+from sd_lens.linear.directions import directions_of
+from sd_lens.linear.inputs import GaussianInput
 from sd_lens.models.check import check
+from sd_lens.models.loading import weights_of
 from sd_lens.models.planted import planted
+from sd_lens.spectrum import block_directions
 from sd_lens.tracing.attribution import attribute_sublayers
 from sd_lens.tracing.defects import defect_direction, find_defects
 from sd_lens.tracing.monitor import NormMonitor
@@ -46,8 +49,10 @@ ANALYSES = {
     "attribute_sublayers": lambda model, found: attribute_sublayers(model, found[1]),
     "NormMonitor": lambda model, found: monitor(model),
     "analyse": lambda model, found: analyse(model, PROMPTS),
+    "block_directions": lambda model, found: block_directions(model, blocks=[1], prompts=PROMPTS, inputs="measured"),
+    "GaussianInput.measure": lambda model, found: GaussianInput.measure(model, PROMPTS, 2),
 }
-WEIGHTS_ONLY = {"block_directions": lambda model, found: block_directions(model, blocks=[1])}
+WEIGHTS_ONLY = {"directions_of": lambda model, found: directions_of(weights_of(model), blocks=[1])}
 
 
 def caller(model, interrupted_by=None, at="blocks.1.hook_resid_post"):

@@ -60,11 +60,15 @@ class Family:
     post_norm: bool = False
     """A norm acts on a sublayer's output before it is added to the residual stream."""
     activation: str = "silu"
-    """``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"relu"``."""
+    """``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"quick_gelu"``, ``"relu"`` or ``"relu2"``."""
     norm: str = "rms"
     """``"rms"`` or ``"ln"``."""
     gated: bool = True
     """The FFN multiplies the activated gate by an up projection."""
+    stored_gain: bool = True
+    """The norms' gains are parameters; where they are not, the norms add 1 to a parameter or have no gain."""
+    output_scale: float = 1.0
+    """What sublayers' outputs are multiplied by before they join the residual stream."""
 
 
 # --- Hugging Face configurations -------------------------------------------------------------------------------------
@@ -81,6 +85,8 @@ _MHA = {
     **_TOKENS,
 }
 _GQA = {**_MHA, "num_key_value_heads": KV_HEADS}
+SIZES = {key: value for key, value in _GQA.items() if key != "tie_word_embeddings"}
+"""What nearly every Hugging Face configuration takes, for `boot`."""
 _GEMMA = {
     **_GQA,
     "num_hidden_layers": 4,
@@ -121,8 +127,11 @@ _BRIDGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3": ("Qwen3", {**_GQA, "head_dim": D_HEAD_WIDE}, {}),
     "phi3": ("Phi3", {**_GQA, "original_max_position_embeddings": CONTEXT}, {}),
     "olmo2": ("Olmo2", _GQA, {"post_norm": True}),
-    "gemma2": ("Gemma2", _GEMMA, {"post_norm": True, "activation": "gelu_tanh"}),
-    "gemma3": ("Gemma3", _GEMMA, {"post_norm": True, "activation": "gelu_tanh"}),
+    "gemma2": ("Gemma2", _GEMMA, {"post_norm": True, "activation": "gelu_tanh", "stored_gain": False}),
+    "gemma3": ("Gemma3", _GEMMA, {"post_norm": True, "activation": "gelu_tanh", "stored_gain": False}),
+    "granite": ("Granite", {**_GQA, "residual_multiplier": 0.3}, {"output_scale": 0.3}),
+    "olmo": ("Olmo", _GQA, {"norm": "ln", "stored_gain": False}),
+    "nemotron": ("Nemotron", _GQA, {"activation": "relu2", "norm": "ln", "gated": False, "stored_gain": False}),
     "mixtral": (
         "Mixtral",
         {**_GQA, "num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN},
@@ -139,7 +148,28 @@ _BRIDGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"moe": True},
     ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            **_GQA,
+            "moe_intermediate_size": D_FF // 2,
+            "shared_expert_intermediate_size": D_FF,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        },
+        {"moe": True},
+    ),
+    "olmoe": (
+        "Olmoe",
+        {**_GQA, "num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "norm_topk_prob": True},
+        {"moe": True},
+    ),
     "gpt2": ("GPT2", _GPT2, {"activation": "gelu_tanh", "norm": "ln", "gated": False}),
+    "gpt2_quick_gelu": (
+        "GPT2",
+        {**_GPT2, "activation_function": "quick_gelu"},
+        {"activation": "quick_gelu", "norm": "ln", "gated": False},
+    ),
     "gptj": (
         "GPTJ",
         {**_GPT2, "rotary_dim": 4},
@@ -366,7 +396,11 @@ def _bridge_family(name: str) -> str:
 def hf_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """The random Hugging Face model behind the bridge family ``name``, in eval mode, before any bridge is put on it."""
     prefix, keywords, _ = _BRIDGES[_bridge_family(name)]
-    suffix = {"GPT2": "LMHeadModel"}.get(prefix, "ForCausalLM")
+    return _hf_model(prefix, keywords, _generator(name, seed), seed).to(dtype).eval()
+
+
+def _hf_model(prefix: str, keywords: dict[str, Any], generator: torch.Generator, seed: int) -> Any:
+    suffix = {"GPT2": "LMHeadModel", "OpenAIGPT": "LMHeadModel"}.get(prefix, "ForCausalLM")
     config_class = getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
     model_class = getattr(transformers, prefix + suffix)
     # copies, because configurations keep and change the dictionaries and lists they are given
@@ -374,16 +408,24 @@ def hf_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config_class(**keywords, attn_implementation="eager", experts_implementation="eager"))
-    _redraw(model, _generator(name, seed))
+    _redraw(model, generator)
     model.config.architectures = [model_class.__name__]
-    return model.to(dtype).eval()
+    return model
 
 
-def _build_bridge(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    model = hf_model(name, dtype=dtype, seed=seed)
+def _bridged(model: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         bridge = build_bridge_from_module(model, architecture=type(model).__name__, hf_config=model.config)
     return bridge.eval()
+
+
+def _build_bridge(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    return _bridged(hf_model(name, dtype=dtype, seed=seed))
+
+
+def boot(prefix: str, *, seed: int = 0, **keywords: Any) -> Any:
+    """A random model of any Hugging Face family, by the prefix of its classes; for what is tested on one architecture only."""
+    return _bridged(_hf_model(prefix, keywords, _generator(prefix, seed), seed).eval())
 
 
 def _build_hooked(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

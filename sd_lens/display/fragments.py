@@ -70,7 +70,10 @@ def table(frame: pd.DataFrame, columns: Mapping[str, str], *, digits: int = 4, f
     numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in columns]
     specs = [(formats or {}).get(name) for name in columns]
     rows = [
-        [number(value, digits) if spec is None else format(value, spec) for value, spec in zip(row, specs, strict=True)]
+        [
+            number(value, digits) if spec is None or value != value else format(value, spec)
+            for value, spec in zip(row, specs, strict=True)
+        ]
         for row in frame[list(columns)].itertuples(index=False)
     ]
     return _piece("table", headings=list(zip(columns.values(), numeric, strict=True)), rows=rows)

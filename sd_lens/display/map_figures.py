@@ -5,11 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from sd_lens.display.style import INK, PART_COLOURS, PART_NAMES, block_axis, frame, shade_blocks
-from sd_lens.linear.directions import PARTS, BlockDirection, BlockDirections
+from sd_lens.linear.directions import NEAR, PARTS, BlockDirection, BlockDirections
 from sd_lens.tracing.defects import Defects
-
-ALIGNED = 30.0
-"""An eigenvector within so many degrees of the direction speaks about it; eigenvalues of others are drawn hollow."""
 
 _SYMBOLS = {"attention": "circle", "ffn": "square", "block": "diamond"}
 _BESIDE = {"attention": -0.2, "ffn": 0.0, "block": 0.2}  # a block's eigenvalues are often equal: side by side
@@ -41,12 +38,59 @@ def direction_angles(directions: BlockDirections, defects: Defects | None = None
     figure = frame(
         traces,
         title=f"Leading left singular vectors of {directions.model_name}",
-        subtitle=f"angle to {_reference(directions)}; 90° is unrelated",
+        subtitle=f"angle to {directions.reference_name}; 90° is unrelated",
         x="block",
         y="angle (degrees)",
     )
     _finish(figure, directions, defects)
     figure.update_yaxes(range=[-4, 95], tickmode="linear", dtick=15)
+    return figure
+
+
+def singular_values(directions: BlockDirections, defects: Defects | None = None) -> go.Figure:
+    """The largest and the second largest singular value of each part of each block.
+
+    Args:
+        directions: From `block_directions`.
+        defects: Their explosion and decay blocks are marked.
+    """
+    traces = []
+    for part in PARTS:
+        rows = _rows(directions, part)
+        x = [row.block + _BESIDE[part] for row in rows]
+        colour = PART_COLOURS[part]
+        gaps = go.Scatter(  # one stroke per block from the second to the first
+            x=[value for at in x for value in (at, at, None)],
+            y=[value for row in rows for value in (row.sigma2, row.sigma1, None)],
+            mode="lines",
+            line={"color": colour, "width": 2},
+            legendgroup=part,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        traces += [
+            gaps,
+            go.Scatter(
+                x=x,
+                y=[row.sigma1 for row in rows],
+                name=PART_NAMES[part],
+                legendgroup=part,
+                mode="markers",
+                marker={"color": colour, "symbol": _SYMBOLS[part], "size": 9},
+                customdata=[[row.block, row.sigma2, row.gap] for row in rows],
+                hovertemplate=f"block %{{customdata[0]}}, {PART_NAMES[part]}: %{{y:.4g}}, second %{{customdata[1]:.4g}}"
+                "<br>%{customdata[2]:.3g} times the second<extra></extra>",
+            ),
+        ]
+    figure = frame(
+        traces,
+        title=f"Singular values of the blocks of {directions.model_name}",
+        subtitle="the largest, and a stroke down to the second: where it is long, the block stretches one direction far more than any other",
+        x="block",
+        y="singular value",
+    )
+    _finish(figure, directions, defects)
+    figure.update_yaxes(type="log")
     return figure
 
 
@@ -60,7 +104,7 @@ def eigenvalues(directions: BlockDirections, defects: Defects | None = None) -> 
     traces = []
     for part in PARTS:
         rows = _rows(directions, part)
-        hollow = [row.eigenvector_angle_deg > ALIGNED for row in rows]
+        hollow = [row.eigenvector_angle_deg > NEAR or not row.converged for row in rows]
         colour = PART_COLOURS[part]
         traces.append(
             go.Scatter(
@@ -82,7 +126,7 @@ def eigenvalues(directions: BlockDirections, defects: Defects | None = None) -> 
     figure = frame(
         traces,
         title=f"Eigenvalues along the direction in {directions.model_name}",
-        subtitle=f"of each map without its identity, eigenvector nearest {_reference(directions)}; hollow: more than {ALIGNED:g}° away",
+        subtitle=f"of each map without its identity, eigenvector nearest {directions.reference_name}; hollow: more than {NEAR:g}° away",
         x="block",
         y="eigenvalue, real part",
     )
@@ -95,12 +139,7 @@ def _rows(directions: BlockDirections, part: str) -> list[BlockDirection]:
     return [row for row in directions.rows if row.part == part]
 
 
-def _reference(directions: BlockDirections) -> str:
-    source = directions.reference_source
-    return "the direction of the high-norm tokens" if source == "given" else f"the leading left singular vector of {source}"
-
-
 def _finish(figure: go.Figure, directions: BlockDirections, defects: Defects | None) -> None:
     if defects is not None:
         shade_blocks(figure, defects.explosion_blocks, defects.decay_blocks)
-    block_axis(figure, 1 + max(row.block for row in directions.rows))
+    block_axis(figure, max(directions.n_blocks, 1 + max(row.block for row in directions.rows)))

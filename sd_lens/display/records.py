@@ -38,7 +38,7 @@ def report_record(findings: Findings) -> Record:
         "check": check_record(findings.check, **shape),
         "trace": trace_record(findings.defects),
         "sublayers": sublayer_record(findings.attribution, **shape),
-        "spectrum": None if directions is None else spectrum_record(directions, n_blocks=trace.n_blocks),
+        "spectrum": None if directions is None else spectrum_record(directions),
         "no_spectrum_because": findings.no_directions_because or None,
     }
 
@@ -74,16 +74,11 @@ def trace_record(defects: Defects) -> Record:
     }
 
 
-def spectrum_record(directions: BlockDirections, *, n_blocks: int | None = None) -> Record:
-    """The linear maps of all blocks.
-
-    Args:
-        directions: From `block_directions`.
-        n_blocks: How many blocks the model has; default: up to the last one in the table.
-    """
-    blocks = 1 + max(row.block for row in directions.rows) if n_blocks is None else n_blocks
-    return _header("spectrum", directions.model_name, len(directions.reference), blocks) | {
+def spectrum_record(directions: BlockDirections) -> Record:
+    """The linear maps of all blocks."""
+    return _header("spectrum", directions.model_name, len(directions.reference), directions.n_blocks) | {
         "reference": directions.reference_source,
+        "notes": list(directions.notes),
         "blocks": [_spectrum_row(row) for row in directions.rows],
     }
 
@@ -94,10 +89,12 @@ def _spectrum_row(row: BlockDirection) -> Record:
         "part": row.part,
         "sigma1": _plain(row.sigma1),
         "sigma2": _plain(row.sigma2),
+        "gap": _plain(row.gap),
         "angle_deg": _plain(row.angle_deg),
         "eigenvalue": [_plain(row.eigenvalue.real), _plain(row.eigenvalue.imag)],
         "eigenvector_angle_deg": _plain(row.eigenvector_angle_deg),
         "residual": _plain(row.residual),
+        "converged": row.converged,
         "balance": None if row.balance is None else _plain(row.balance),
     }
 

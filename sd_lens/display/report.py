@@ -11,11 +11,12 @@ from sd_lens.display.files import require_writable, write_text
 from sd_lens.display.fragments import environment
 from sd_lens.display.labels import number
 from sd_lens.display.records import version
-from sd_lens.display.sections import sections
+from sd_lens.display.sections import Section, linear_maps, reading, sections
 from sd_lens.display.tokens import script_bundle
 from sd_lens.findings import Findings
+from sd_lens.linear.directions import BlockDirections
 
-__all__ = ["render", "require_writable", "write_page"]
+__all__ = ["render", "render_spectrum", "require_writable", "write_page"]
 
 
 def render(findings: Findings) -> str:
@@ -37,6 +38,38 @@ def render(findings: Findings) -> str:
             version=version(),
             plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
             circuitsvis=Markup(script_bundle()),
+        )
+    )
+
+
+def render_spectrum(directions: BlockDirections) -> str:
+    """The table of all blocks' linear maps, with its figures, as one HTML page.
+
+    Args:
+        directions: From `block_directions`.
+    """
+    facts = [
+        ("blocks", str(directions.n_blocks)),
+        ("d_model", str(len(directions.reference))),
+        ("angles to", directions.reference_name),
+        ("sd_lens", version()),
+    ]
+    first, _, second = directions.sentence().partition(". ")
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            model=directions.model_name,
+            found=True,
+            sentences=(first.rstrip(".") + ".", second),
+            facts=facts,
+            sections=[
+                Section("maps", "Linear maps", linear_maps(directions)),
+                Section("how-to-read", "How to read this", reading(maps=True)),
+            ],
+            version=version(),
+            plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+            circuitsvis="",
         )
     )
 

@@ -12,12 +12,13 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, sublayer_bars
+from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, singular_values, sublayer_bars
 from sd_lens.display.fragments import environment, figure, joined, paragraph, subheading, table
 from sd_lens.display.labels import visible
 from sd_lens.display.tokens import colored_tokens, peak_block
 from sd_lens.findings import Findings
-from sd_lens.linear.directions import PARTS
+from sd_lens.linear.directions import PARTS, BlockDirections
+from sd_lens.tracing.defects import Defects
 from sd_lens.tracing.trace import NormTrace
 
 MAX_PROMPTS = 6
@@ -125,22 +126,31 @@ def sublayers(findings: Findings) -> Markup | None:
 @section("maps", "Linear maps")
 def maps(findings: Findings) -> Markup:
     """Singular directions and eigenvalues of every block, or why there are none."""
-    directions = findings.directions
-    if directions is None:
+    if findings.directions is None:
         return paragraph(f"The blocks' linear maps were not computed: {findings.no_directions_because}.")
-    given = directions.reference_source == "given"
-    reference = (
-        "the direction of the high-norm tokens" if given else f"the leading left singular vector of {directions.reference_source}"
-    )
-    text = f"What each block does to a vector, from its weights alone. Angles are taken to {reference}"
-    text += "." if given else ", because no direction was measured: that block's own angle is zero by definition."
+    return linear_maps(findings.directions, findings.defects)
+
+
+def linear_maps(directions: BlockDirections, defects: Defects | None = None) -> Markup:
+    """The same from the table alone.
+
+    Args:
+        directions: From `block_directions`.
+        defects: Their explosion and decay blocks are marked in the figures.
+    """
+    text = f"What each block does to a vector, from its weights alone. Angles are taken to {directions.reference_name}"
+    alone = directions.reference_source not in ("given", "measured")
+    text += ", because no direction was measured: that block's own angle is zero by definition." if alone else "."
     frame = directions.to_dataframe()
     frame["part"] = pd.Categorical(frame.part, PARTS).rename_categories({"ffn": "FFN"})
+    frame["eigenvalue"] = [value if done else float("nan") for value, done in zip(frame.eigenvalue, frame.converged, strict=True)]
+    frame.loc[~frame.converged, "eigenvector_angle_deg"] = float("nan")
     columns = {
         "block": "block",
         "part": "part",
         "sigma1": "σ₁",
         "sigma2": "σ₂",
+        "gap": "σ₁/σ₂",
         "angle_deg": "angle of u₁ (°)",
         "eigenvalue": "eigenvalue",
         "eigenvector_angle_deg": "angle of its vector (°)",
@@ -148,14 +158,18 @@ def maps(findings: Findings) -> Markup:
     }
     if frame.balance.notna().any():
         columns["balance"] = "balance"
-    return joined(
-        [
-            paragraph(text),
-            figure(direction_angles(directions, findings.defects), "angles"),
-            figure(eigenvalues(directions, findings.defects), "eigenvalues"),
-            table(frame, columns, digits=3, formats={"angle_deg": ".1f", "eigenvector_angle_deg": ".1f"}),
-        ]
-    )
+    pieces = [
+        paragraph(text),
+        figure(singular_values(directions, defects), "singular-values"),
+        figure(direction_angles(directions, defects), "angles"),
+        figure(eigenvalues(directions, defects), "eigenvalues"),
+    ]
+    if not frame.converged.all():
+        pieces.append(paragraph("Where no eigenvalue is given, none was found whose eigenvector is near the direction."))
+    pieces.append(table(frame, columns, digits=3, formats={"angle_deg": ".1f", "eigenvector_angle_deg": ".1f"}))
+    if directions.notes:
+        pieces.append(paragraph(f"{'; '.join(directions.notes)}."))
+    return joined(pieces)
 
 
 @section("high-norm-tokens", "High-norm tokens")
@@ -209,8 +223,9 @@ def number_text(value: float) -> str:
 @section("how-to-read", "How to read this")
 def how_to_read(findings: Findings) -> Markup:
     """The words used, and where they come from."""
-    return Markup(
-        environment()
-        .get_template("how_to_read.html.j2")
-        .render(found=bool(findings.defects.tokens), maps=findings.directions is not None)
-    )
+    return reading(found=bool(findings.defects.tokens), maps=findings.directions is not None)
+
+
+def reading(*, found: bool = False, maps: bool = False) -> Markup:
+    """The same, for a page that shows high-norm tokens or linear maps only."""
+    return Markup(environment().get_template("how_to_read.html.j2").render(found=found, maps=maps))

@@ -6,7 +6,10 @@ itself, with the norms' division left out:
 
     A = W_O W_V diag(γ1) C        attention (C: mean subtraction of a LayerNorm, the identity for an RMSNorm)
     F = W_out Ã diag(γ2) C        FFN, Ã from `sd_lens.linear.gaussian`
+    F = Σ_e p_e F_e               mixture of experts, with mean router weights p_e
     L = (I + F)(I + A) = I + R    sequential block;   L = I + A + F where attention and FFN are parallel
+
+A norm after the sublayer multiplies its map by ``diag(γ) C / s`` from the left, with ``s`` the scale it is linearised at.
 
 Maps act on residual vectors in the last axis, any number of batch axes before it.
 """
@@ -15,9 +18,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +29,11 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from sd_lens.linear.gaussian import FFNFit, Inputs, fit_ffn
-from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, NormWeights
+from sd_lens.linear.gaussian import FFNFit
+from sd_lens.models.weights import AttentionWeights, FFNWeights, MoEWeights
 
-_Layer = TypeVar("_Layer", AttentionWeights, FFNWeights)
+# Columns of a dense matrix computed at once: their neurons take d_mlp numbers each.
+_DENSE_ROWS = 1024
 
 
 class LinearMap(ABC):
@@ -58,9 +62,19 @@ class LinearMap(ABC):
         """``(d_model, d_model)``."""
         return self.d_model, self.d_model
 
+    @property
+    def offset(self) -> Float[Tensor, "d_model"]:
+        """What is added to the map's product to make it the best affine approximation: ``mv(x) + offset``."""
+        return self.like.new_zeros(self.d_model)
+
+    def affine(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map with its offset."""
+        return self.mv(x) + self.offset
+
     def to_dense(self) -> Float[Tensor, "d_model d_model"]:
         """The matrix ``M`` with ``mv(x) = M x`` for column vectors. For checks and small models: d_model² numbers."""
-        return self.mv(torch.eye(self.d_model, dtype=self.like.dtype, device=self.like.device)).mT
+        eye = torch.eye(self.d_model, dtype=self.like.dtype, device=self.like.device)
+        return torch.cat([self.mv(rows) for rows in eye.split(_DENSE_ROWS)]).mT
 
     def as_linear_operator(self) -> LinearOperator:
         """The map as scipy's `LinearOperator` in float64, for any of scipy's solvers."""
@@ -80,23 +94,67 @@ class LinearMap(ABC):
         return f"{type(self).__name__}(d_model={self.d_model}, dtype={self.like.dtype}, device={self.like.device})"
 
 
-def _after_norm(norm: NormWeights | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm.center(x) * norm.gain
+class SublayerMap(LinearMap):
+    """A sublayer between its norms: the norm's gain before it, and behind it what a norm after the sublayer does at a given scale.
+
+    Attributes:
+        post_scale: What the norm after the sublayer divides by; None where there is none.
+    """
+
+    def __init__(self, weights: AttentionWeights | FFNWeights | MoEWeights, post_scale: float | None = None):
+        self._norm, self._post_norm, self._output_scale = weights.norm, weights.post_norm, weights.output_scale
+        self.post_scale = post_scale
+
+    @abstractmethod
+    def inner(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map between the norms."""
+
+    @abstractmethod
+    def inner_transposed(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Its transpose."""
+
+    @property
+    @abstractmethod
+    def inner_offset(self) -> Float[Tensor, "d_model"]:
+        """What the biases and the fit's mean add to `inner`, the bias of the norm before it included."""
+
+    def mv(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map applied to vectors."""
+        return self._behind(self.inner(x if self._norm is None else self._norm.center(x) * self._norm.gain))
+
+    def rmv(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map applied to vectors."""
+        if self._output_scale != 1:
+            y = y * self._output_scale
+        if self._post_norm is not None and self.post_scale is not None:
+            y = self._post_norm.center(y * self._post_norm.gain) / self.post_scale
+        x = self.inner_transposed(y)
+        return x if self._norm is None else self._norm.center(x * self._norm.gain)
+
+    @property
+    def offset(self) -> Float[Tensor, "d_model"]:
+        """What is added to the map's product to make it the best affine approximation of the sublayer."""
+        offset = self._behind(self.inner_offset)
+        if self._post_norm is None or self._post_norm.bias is None:
+            return offset
+        return offset + self._output_scale * self._post_norm.bias
+
+    def _behind(self, y: Tensor) -> Tensor:
+        if self._post_norm is not None and self.post_scale is not None:
+            y = self._post_norm.center(y) * self._post_norm.gain / self.post_scale
+        return y if self._output_scale == 1 else y * self._output_scale
 
 
-def _before_norm(norm: NormWeights | None, y: Tensor) -> Tensor:
-    return y if norm is None else norm.center(y * norm.gain)
-
-
-class AttentionMap(LinearMap):
+class AttentionMap(SublayerMap):
     """``A = W_O W_V diag(γ) C``: what attention writes for a token that attends only to itself."""
 
-    def __init__(self, weights: AttentionWeights):
-        self._norm = weights.norm
+    def __init__(self, weights: AttentionWeights, post_scale: float | None = None):
+        super().__init__(weights, post_scale)
         self._group = weights.group_size
         self._d_head = weights.W_V.shape[-1]
         self._W_V = rearrange(weights.W_V, "kv_heads d_model d_head -> d_model (kv_heads d_head)")
         self._W_O = rearrange(weights.W_O, "heads d_head d_model -> (heads d_head) d_model")
+        self._b_V, self._b_O = weights.b_V, weights.b_O
 
     @property
     def like(self) -> Tensor:
@@ -108,32 +166,43 @@ class AttentionMap(LinearMap):
         """Width of the residual stream."""
         return self._W_O.shape[1]
 
-    def mv(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The map applied to vectors."""
-        values = _after_norm(self._norm, x) @ self._W_V
+    def inner(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """``W_O W_V``."""
+        return self._write(x @ self._W_V)
+
+    def inner_transposed(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """``W_Vᵀ W_Oᵀ``."""
+        gather = "... (kv_heads group d_head) -> ... (kv_heads d_head)"
+        values = reduce(y @ self._W_O.mT, gather, "sum", group=self._group, d_head=self._d_head)
+        return values @ self._W_V.mT
+
+    @property
+    def inner_offset(self) -> Float[Tensor, "d_model"]:
+        """``b_O + W_O (b_V + W_V b)`` with the norm's bias ``b``."""
+        values = self.like.new_zeros(self._W_V.shape[1])
+        if self._norm is not None and self._norm.bias is not None:
+            values = self._norm.bias @ self._W_V
+        if self._b_V is not None:
+            values = values + self._b_V.flatten()
+        written = self._write(values)
+        return written if self._b_O is None else written + self._b_O
+
+    def _write(self, values: Tensor) -> Tensor:
         spread = "... (kv_heads d_head) -> ... (kv_heads group d_head)"
         return repeat(values, spread, group=self._group, d_head=self._d_head) @ self._W_O
 
-    def rmv(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The transposed map applied to vectors."""
-        gather = "... (kv_heads group d_head) -> ... (kv_heads d_head)"
-        values = reduce(y @ self._W_O.mT, gather, "sum", group=self._group, d_head=self._d_head)
-        return _before_norm(self._norm, values @ self._W_V.mT)
 
-
-class FFNMap(LinearMap):
+class FFNMap(SublayerMap):
     """``F = W_out Ã diag(γ) C``, with ``Ã`` the FFN's best linear fit under Gaussian input.
 
     Attributes:
-        fit: The fit's coefficients, two per neuron.
+        fit: The fit ``Ã``.
     """
 
-    def __init__(self, weights: FFNWeights, fit: FFNFit):
+    def __init__(self, weights: FFNWeights, fit: FFNFit, post_scale: float | None = None):
+        super().__init__(weights, post_scale)
         self.fit = fit
-        self._norm, self._W_out = weights.norm, weights.W_out
-        self._branches = [(weights.W_in, fit.in_coefficient)]
-        if weights.W_gate is not None and fit.gate_coefficient is not None:
-            self._branches.append((weights.W_gate, fit.gate_coefficient))
+        self._W_out, self._b_out, self._b_hidden = weights.W_out, weights.b_out, weights.b_hidden
 
     @property
     def like(self) -> Tensor:
@@ -145,23 +214,71 @@ class FFNMap(LinearMap):
         """Width of the residual stream."""
         return self._W_out.shape[1]
 
-    def mv(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The map applied to vectors."""
-        x = _after_norm(self._norm, x)
-        (weight, coefficient), *gate = self._branches
-        hidden = (x @ weight) * coefficient
-        for weight, coefficient in gate:
-            hidden = hidden + (x @ weight) * coefficient
-        return hidden @ self._W_out
+    def inner(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """``W_out Ã``."""
+        return self.fit.mv(x) @ self._W_out
 
-    def rmv(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The transposed map applied to vectors."""
-        hidden = y @ self._W_out.mT
-        (weight, coefficient), *gate = self._branches
-        x = (hidden * coefficient) @ weight.mT
-        for weight, coefficient in gate:
-            x = x + (hidden * coefficient) @ weight.mT
-        return _before_norm(self._norm, x)
+    def inner_transposed(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """``Ãᵀ W_outᵀ``."""
+        return self.fit.rmv(y @ self._W_out.mT)
+
+    @property
+    def inner_offset(self) -> Float[Tensor, "d_model"]:
+        """``b_out + W_out (E[h] + Ã (b − E[x]))`` with the norm's bias ``b``."""
+        bias = None if self._norm is None else self._norm.bias
+        hidden = self.fit.mean_hidden + self.fit.mv(-self.fit.input_mean if bias is None else bias - self.fit.input_mean)
+        written = (hidden if self._b_hidden is None else hidden + self._b_hidden) @ self._W_out
+        return written if self._b_out is None else written + self._b_out
+
+
+class MoEMap(SublayerMap):
+    """A mixture of experts with its router held at mean weights: ``F = Σ_e p_e F_e``.
+
+    Attributes:
+        experts: The experts' maps, each also a map of its own from stream to stream.
+        router: The mean weights ``p_e``.
+        shared: The map of an expert that every token goes through, else None.
+        shared_weight: The mean of its gate.
+    """
+
+    def __init__(
+        self,
+        weights: MoEWeights,
+        experts: tuple[FFNMap, ...],
+        router: Float[Tensor, "experts"],
+        shared: FFNMap | None = None,
+        shared_weight: float = 1.0,
+        post_scale: float | None = None,
+    ):
+        super().__init__(weights, post_scale)
+        self.experts, self.router = experts, router
+        self.shared, self.shared_weight = shared, shared_weight
+        self._parts = list(zip(experts, router.tolist(), strict=True))
+        if shared is not None:
+            self._parts.append((shared, shared_weight))
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of the dtype and on the device that products are computed in."""
+        return self.experts[0].like
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.experts[0].d_model
+
+    def inner(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The weighted sum of the experts between the norms."""
+        return sum((weight * expert.inner(x) for expert, weight in self._parts), torch.zeros_like(x))
+
+    def inner_transposed(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Its transpose."""
+        return sum((weight * expert.inner_transposed(y) for expert, weight in self._parts), torch.zeros_like(y))
+
+    @property
+    def inner_offset(self) -> Float[Tensor, "d_model"]:
+        """The weighted sum of the experts' offsets."""
+        return sum((weight * expert.inner_offset for expert, weight in self._parts), self.like.new_zeros(self.d_model))
 
 
 class _Composite(LinearMap):
@@ -194,6 +311,12 @@ class UpdateMap(_Composite):
         fed = self.ffn.rmv(y)
         return fed + self.attention.rmv(y if self.parallel else y + fed)
 
+    @property
+    def offset(self) -> Float[Tensor, "d_model"]:
+        """What is added to the map's product to make it the best affine approximation of what the block adds."""
+        attended = self.attention.offset
+        return attended + self.ffn.offset + (0 if self.parallel else self.ffn.mv(attended))
+
 
 class IdentityPlus(LinearMap):
     """``I + M``: a residual connection around a map."""
@@ -219,8 +342,13 @@ class IdentityPlus(LinearMap):
         """The transposed map applied to vectors."""
         return y + self.update.rmv(y)
 
+    @property
+    def offset(self) -> Float[Tensor, "d_model"]:
+        """The update's offset."""
+        return self.update.offset
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class BlockMap(LinearMap):
     """A block as the linear map ``L = I + R``, and the maps it is made of.
 
@@ -229,12 +357,14 @@ class BlockMap(LinearMap):
         attention: ``A``.
         ffn: ``F``.
         parallel: Whether ``R`` is ``A + F`` rather than ``A + F + FA``.
+        notes: What the maps rest on beside the weights: estimator, quadrature, scales of norms after the sublayers, router weights.
     """
 
     block_index: int
     attention: AttentionMap
-    ffn: FFNMap
+    ffn: FFNMap | MoEMap
     parallel: bool
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def update(self) -> UpdateMap:
@@ -264,50 +394,7 @@ class BlockMap(LinearMap):
         """The transposed map applied to vectors."""
         return self.block.rmv(y)
 
-
-def _in_working_dtype(layer: _Layer) -> _Layer:
-    """The layer with every tensor in float32, or as it is where it has float64: half precision has too few digits to iterate on."""
-    stored = layer.W_out if isinstance(layer, FFNWeights) else layer.W_O
-    working = torch.promote_types(stored.dtype, torch.float32)
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().to(working)
-        if isinstance(value, NormWeights):
-            return replace(value, gain=convert(value.gain), bias=None if value.bias is None else convert(value.bias))
-        return value
-
-    return replace(layer, **{field: convert(value) for field, value in vars(layer).items()})
-
-
-def linearize(weights: BlockWeights, *, inputs: Inputs = "unit") -> BlockMap:
-    """Linearises a pre-norm block: Wang et al. (arXiv 2502.07004), section 3, with the FFN's fit in closed form.
-
-    Args:
-        weights: The block, from `sd_lens.weights_of`.
-        inputs: What the FFN is fitted to, see `sd_lens.linear.gaussian.fit_ffn`.
-
-    Returns:
-        The block's map ``L``, with ``.attention`` (``A``), ``.ffn`` (``F``) and ``.update`` (``R = L − I``). It computes in float32,
-        in float64 where the weights have it.
-
-    Raises:
-        ValueError: A weight is NaN or infinite; ``inputs`` is unknown; the block has a norm after a sublayer, so that its output
-            does not depend linearly on the sublayer's at any scale.
-
-    Example:
-        >>> from sd_lens.models.planted import planted
-        >>> from sd_lens.models.loading import weights_of
-        >>> block = linearize(weights_of(planted().model)[1])
-        >>> block.ffn.mv(torch.ones(block.d_model)).shape
-        torch.Size([64])
-    """
-    for name, layer in (("attention", weights.attention), ("ffn", weights.ffn)):
-        if layer.post_norm is not None:
-            raise ValueError(
-                f"weights: the {name} of block {weights.block} has a norm after the sublayer, so its output is not linear in the "
-                "sublayer's; allowed: blocks whose norms stand before the sublayers"
-            )
-    weights.require_finite()
-    attention, ffn = _in_working_dtype(weights.attention), _in_working_dtype(weights.ffn)
-    return BlockMap(weights.block, AttentionMap(attention), FFNMap(ffn, fit_ffn(ffn, inputs=inputs)), weights.parallel)
+    @property
+    def offset(self) -> Float[Tensor, "d_model"]:
+        """What is added to the map's product to make it the best affine approximation of the block."""
+        return self.update.offset

@@ -17,22 +17,17 @@ from torch import Tensor
 from sd_lens.models import hook_names
 from sd_lens.models.loading import inference, require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.weights import BlockWeights
+from sd_lens.models.weights import BlockWeights, MoEWeights
 
 # Relative to the largest entry compared. Half precision rounds every product of a long chain.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
+# Nothing needs the FFN's pre-activations by themselves: its output is rebuilt through them, and a mixture of experts shows none.
 _ANALYSES = {
     "trace_norms, find_defects, defect_direction": ("residual hooks", "block identity", "causality"),
-    "weights_of": ("value vectors", "attention output", "FFN pre-activations", "FFN output"),
-    "linearize, block_directions": (
-        "value vectors",
-        "attention output",
-        "FFN pre-activations",
-        "FFN output",
-        "norms before the sublayers",
-    ),
+    "weights_of": ("value vectors", "attention output", "FFN output"),
+    "linearize, block_directions": ("value vectors", "attention output", "attention alone", "FFN output"),
 }
 
 
@@ -137,6 +132,9 @@ def check(model: TransformerLensModel, *, seed: int = 0) -> Check:
         for name in (hook_names.value, hook_names.mixed_values, hook_names.ffn_pre, hook_names.ffn_linear)
     ]
     cache = _capture(model, tokens, [*dict.fromkeys(residual), *(name for name in optional if _has_hook(model, name))])
+    silent = [name for name in dict.fromkeys(residual) if name not in cache]
+    if silent:
+        return Check(_name(model), 0.0, (CheckRow("residual hooks", False, detail=f"never run: {', '.join(silent[:4])}"),))
     tolerance = _TOLERANCE.get(cache[hook_names.resid_pre(0)].dtype, _HALF_TOLERANCE)
     rows = [
         CheckRow("residual hooks", True),
@@ -208,24 +206,23 @@ def _causality(model: Any, tokens: Tensor, cache: dict[str, Tensor], tolerance: 
     return CheckRow("causality", error <= tolerance, error, model.cfg.n_layers - 1, detail)
 
 
+@torch.no_grad()  # activation functions may have parameters
 def _rebuilt(model: TransformerLensModel, cache: dict[str, Tensor], tolerance: float) -> list[CheckRow]:
-    names = ("value vectors", "attention output", "FFN pre-activations", "FFN output")
+    names = ("value vectors", "attention output", "attention alone", "FFN pre-activations", "FFN output")
     errors: dict[str, dict[int, float]] = {name: {} for name in names}
+    mixtures = 0
     weights = weights_of(model)
-    post_norm = False
     try:
         for block in weights:
+            mixtures += isinstance(block.ffn, MoEWeights)
             for name, error in _block_errors(block, cache).items():
                 errors[name][block.block] = error
-            post_norm |= block.attention.post_norm is not None or block.ffn.post_norm is not None
     except ValueError as error:
-        return [CheckRow(name, None, detail=str(error)) for name in (*names, "norms before the sublayers")]
-    rows = [
-        _row(name, errors[name], tolerance) if errors[name] else CheckRow(name, None, detail="hook points missing")
-        for name in names
-    ]
-    detail = "a norm stands after a sublayer" if post_norm else ""
-    return [*rows, CheckRow("norms before the sublayers", not post_norm, detail=detail)]
+        return [CheckRow(name, None, detail=str(error)) for name in names]
+    absent = dict.fromkeys(names, "hook points missing")
+    if mixtures == len(weights):
+        absent["FFN pre-activations"] = "a mixture of experts shows none"
+    return [_row(name, errors[name], tolerance) if errors[name] else CheckRow(name, None, detail=absent[name]) for name in names]
 
 
 def _block_errors(weights: BlockWeights, cache: dict[str, Tensor]) -> dict[str, float]:
@@ -242,18 +239,39 @@ def _block_errors(weights: BlockWeights, cache: dict[str, Tensor]) -> dict[str, 
     if z is not None:
         heads = z.reshape(*resid.shape[:-1], *weights.attention.W_O.shape[:2])
         errors["attention output"] = _deviation(weights.attention.output(heads), attn_out, resid)
-    ffn_input = weights.ffn.input(resid if weights.parallel else resid + attn_out)
-    pre, linear = weights.ffn.pre(ffn_input)
-    compared = [(pre, cache.get(hook_names.ffn_pre(block)), weights.ffn.W_in if linear is None else weights.ffn.W_gate)]
+    # The first token attends to itself alone, as the linear maps have it. What stands between values and output shows here.
+    errors["attention alone"] = _deviation(weights.attention.alone(resid[:, 0]), attn_out[:, 0], resid[:, 0])
+    ffn, ffn_out = weights.ffn, cache[hook_names.mlp_out(block)]
+    entering = resid if weights.parallel else resid + attn_out
+    x = ffn.input(entering)
+    if isinstance(ffn, MoEWeights):
+        settled = _settled(ffn, x)
+        errors["FFN output"] = _deviation(ffn.output(x[settled]), ffn_out.reshape(x.shape)[settled], resid)
+        return errors
+    pre, linear = ffn.pre(x)
+    compared = [(pre, cache.get(hook_names.ffn_pre(block)), ffn.W_in if linear is None else ffn.W_gate)]
     if linear is not None:
-        compared.append((linear, cache.get(hook_names.ffn_linear(block)), weights.ffn.W_in))
+        compared.append((linear, cache.get(hook_names.ffn_linear(block)), ffn.W_in))
     deviations = [
-        _deviation(got, wanted.reshape(got.shape), _terms(ffn_input, weight))
+        _deviation(got, wanted.reshape(got.shape), _terms(x, weight))
         for got, wanted, weight in compared
         if wanted is not None and weight is not None
     ]
     if deviations:
         errors["FFN pre-activations"] = max(deviations)
-    output = weights.ffn.output(weights.ffn.hidden(ffn_input))
-    errors["FFN output"] = _deviation(output, cache[hook_names.mlp_out(block)], resid)
+    errors["FFN output"] = _deviation(ffn.output(ffn.hidden(x)), ffn_out, resid)
     return errors
+
+
+def _settled(ffn: MoEWeights, x: Tensor) -> Tensor:
+    """Which tokens are sent to their experts by more than rounding: between equal scores the model may choose otherwise.
+
+    There is always one: if the scores of all tokens are as good as equal, it is the token where they are least so.
+    """
+    scores = ffn.logits(x).float()
+    if ffn.top_k == scores.shape[-1]:
+        return torch.ones_like(scores[..., 0], dtype=torch.bool)
+    ranked = scores.sort(dim=-1, descending=True).values
+    lead = ranked[..., ffn.top_k - 1] - ranked[..., ffn.top_k]
+    rounding = max(1e-4, 2 * torch.finfo(x.dtype).eps) * scores.abs().max()
+    return lead >= torch.minimum(rounding, lead.max())

@@ -6,11 +6,11 @@ trained like that.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from sd_lens.models.shards import find_shards
 
 
 def missing_tensors(folder: Path) -> list[str]:
@@ -28,10 +28,10 @@ def missing_tensors(folder: Path) -> list[str]:
     Raises:
         ValueError: A file cannot be read, or one that the index names is absent.
     """
-    stored = _stored_names(folder)
-    if not stored:
+    shards = find_shards(folder)
+    if shards is None:
         return []
-    ends = {end for name in stored for end in _ends(name)}
+    ends = {end for name in shards.tensors for end in _ends(name)}
     return [name for name in _expected_names(folder) if not ends & _ends(name)]
 
 
@@ -39,24 +39,6 @@ def _ends(name: str) -> set[str]:
     """A dotted name, and what is left of it without its first part and without its first two."""
     parts = name.split(".")
     return {".".join(parts[skip:]) for skip in range(3) if len(parts) - skip >= 2}
-
-
-def _stored_names(folder: Path) -> set[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
-    else:
-        files = [path.name for path in folder.glob("model.safetensors")]
-    names: set[str] = set()
-    for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"model: {folder} lacks {file}, which its index names; allowed: a whole checkpoint")
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                names.update(opened.keys())
-        except SafetensorError as error:
-            raise ValueError(f"model: {folder / file} cannot be read ({error}); allowed: a whole safetensors file") from None
-    return names
 
 
 def _expected_names(folder: Path) -> list[str]:

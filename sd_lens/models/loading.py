@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sd_lens.models.checkpoint import CheckpointWeights
 from sd_lens.models.completeness import missing_tensors
-from sd_lens.models.live import LiveWeights, is_mixture_of_experts
+from sd_lens.models.live import LiveWeights
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.weights import ModelWeights
+from sd_lens.models.shards import FLOATS, INDEX, SINGLE, weight_map
+from sd_lens.models.weights import FFNWeights, ModelWeights
 
 TINY = Path(__file__).parent / "tiny"
 """Folder of the small trained model that ships with the package."""
@@ -69,19 +71,28 @@ def load(
 
 
 def _boot(name: str, dtype: torch.dtype, boot: dict[str, Any]) -> Any:
+    folder, shown = _find(name)
+    if folder is None:
+        return _boot_from(name, dtype, boot, shown=shown)
+    _require_decoder(folder)
+    _require_whole(folder)
+    return _boot_from(str(folder), dtype, boot, shown=shown)
+
+
+def _find(name: str) -> tuple[Path | None, str]:
+    """The folder that a name means, None for a hub name, and what the model is to be called."""
     if name == "tiny":
-        return _boot_from(str(TINY), dtype, boot, shown="tiny")
+        return TINY, name
     folder = Path(os.path.expanduser(name))  # unlike Path.expanduser it leaves a user nobody knows as it stands
     if not name:
         raise FileNotFoundError("model: got an empty name; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
     if folder.is_dir():
-        _require_whole_decoder(folder)
-        return _boot_from(str(folder), dtype, boot, shown=folder.resolve().name)
+        return folder, folder.resolve().name
     if folder.exists():
         raise ValueError(f"model: {name} is a file; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
     if _is_path(name):
         raise FileNotFoundError(f"model: no folder {name!r}; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
-    return _boot_from(name, dtype, boot, shown=name)
+    return None, name
 
 
 def _is_path(name: str) -> bool:
@@ -89,7 +100,7 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
 
 
-def _require_whole_decoder(folder: Path) -> None:
+def _require_decoder(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model: folder {folder} has no config.json; allowed: a folder with a Hugging Face checkpoint")
@@ -102,6 +113,9 @@ def _require_whole_decoder(folder: Path) -> None:
     names = [str(name) for name in config.get("architectures") or ()]
     if config.get("is_encoder_decoder") or any("MaskedLM" in name or name == "BertModel" for name in names):
         raise ValueError(f"model: {folder} holds {', '.join(names or ['an encoder'])}; allowed: causal decoders")
+
+
+def _require_whole(folder: Path) -> None:
     missing = missing_tensors(folder)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -115,13 +129,15 @@ def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: 
     try:
         model = TransformerBridge.boot_transformers(source, dtype=dtype, **options)
     except Exception as error:  # a folder or name can be wrong in as many ways as there are libraries below
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name"
-        ) from error
+        raise _not_loaded(shown, error) from error
     # Bridges name a local checkpoint by its whole path, which says more about the machine than about the model.
     model.cfg.model_name = shown
     return model
+
+
+def _not_loaded(shown: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name")
 
 
 def require_usable(model: Any) -> None:
@@ -134,10 +150,14 @@ def require_usable(model: Any) -> None:
         raise ValueError("model: got an encoder (its tokens see those after them); allowed: causal decoders")
     processed = _processing(model)
     if processed:
-        raise ValueError(
-            f"model: its weights are {processed}, which changes norms and singular vectors; allowed: unprocessed weights (boot without "
-            "weight processing, or with enable_compatibility_mode(no_processing=True))"
-        )
+        raise _processed(processed)
+
+
+def _processed(how: str) -> ValueError:
+    return ValueError(
+        f"model: its weights are {how}, which changes norms and singular vectors; allowed: unprocessed weights (boot without "
+        "weight processing, or with enable_compatibility_mode(no_processing=True))"
+    )
 
 
 def _is_encoder_decoder(model: Any) -> bool:
@@ -151,19 +171,20 @@ def _processing(model: Any) -> str:
         return "folded or centred"
     if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
         return "folded (the norms have no gain any more)"
-    if not is_mixture_of_experts(model) and _is_centred(model):
-        return "centred (what the layers write has mean zero)"
-    return ""
+    return _CENTRED if _is_centred(LiveWeights(model)) else ""
 
 
-def _is_centred(model: Any) -> bool:
+_CENTRED = "centred (what the layers write has mean zero)"
+
+
+def _is_centred(weights: ModelWeights) -> bool:
     # Only models with a LayerNorm are ever centred: it leaves their output unchanged, as an RMSNorm would not.
     try:
-        block = LiveWeights(model)[0]
+        block = weights[0]
     except ValueError:  # norms can be traced where weights cannot be read, and such blocks are never processed
         return False
     norm = block.ffn.norm or block.attention.norm
-    if norm is None or norm.kind != "layer":
+    if not isinstance(block.ffn, FFNWeights) or norm is None or norm.kind != "layer":
         return False
     stored = block.ffn.W_out[:256]
     rows = stored.float()
@@ -171,24 +192,63 @@ def _is_centred(model: Any) -> bool:
     return bool(rows.mean(-1).abs().max() < rounding * rows.abs().mean()) and bool(rows.abs().max() > 0)
 
 
-def weights_of(model: TransformerLensModel) -> ModelWeights:
+def weights_of(model: str | os.PathLike[str] | TransformerLensModel, *, dtype: torch.dtype | None = None) -> ModelWeights:
     """The blocks of a model as `BlockWeights`, read one at a time.
 
+    From a folder or a hub name no model is loaded: each block is read from the safetensors files when it is asked for, so that models
+    larger than memory can be looked at. A sharded checkpoint needs no more memory than its largest block.
+
     Args:
-        model: A TransformerLens model.
+        model: A TransformerLens model, or ``"tiny"``, a folder with a Hugging Face checkpoint (safetensors, one file or sharded, in
+            float16, bfloat16, float32 or float64), or a name on the hub.
+        dtype: What weights read from files are converted to; by default they keep the type they are stored in. A ready model keeps its
+            own.
 
     Returns:
         A sequence of blocks: ``len()``, indexing, iteration, ``d_model``.
 
     Raises:
-        ValueError: The model is not a causal TransformerLens decoder with unprocessed weights.
+        ValueError: The model is not a causal TransformerLens decoder with unprocessed weights; a file or tensor of the folder is
+            missing, damaged, quantised or of the wrong shape; no model of this name can be had; or a dtype was given with a ready model.
+        FileNotFoundError: The folder does not exist.
 
     Example:
         >>> weights_of(load("tiny"))[0].ffn.gated
         True
+        >>> weights_of("tiny")[0].attention.W_O.dtype
+        torch.float16
     """
+    if isinstance(model, str | os.PathLike):
+        return _weights_in(os.fspath(model), dtype)
+    if dtype is not None:
+        raise ValueError(f"dtype: got {dtype} with a ready model; allowed: none, as it keeps its own")
     require_usable(model)
     return LiveWeights(model)
+
+
+def _weights_in(name: str, dtype: torch.dtype | None) -> CheckpointWeights:
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(f"dtype: got {dtype}; allowed: {', '.join(map(str, FLOATS.values()))}")
+    folder, shown = _find(name)
+    folder = folder or _fetched(name)
+    _require_decoder(folder)
+    weights = CheckpointWeights(folder, name=shown, dtype=dtype)
+    if not weights.has_rms_norms and _is_centred(weights):  # with RMSNorms reading a block for this would be in vain
+        raise _processed(_CENTRED)
+    return weights
+
+
+def _fetched(name: str) -> Path:
+    """The folder in the cache of the hub that holds a model's configuration and safetensors, downloaded where they were not there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", INDEX]))
+        index = folder / INDEX
+        files = sorted(set(weight_map(index).values())) if index.is_file() else [SINGLE]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:
+        raise _not_loaded(name, error) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -65,6 +65,7 @@ class AttentionWeights:
         b_O: Output bias.
         norm: The norm of the layer's input; None where the layer reads the stream as it is.
         post_norm: A norm of the layer's output before it joins the stream (Gemma 2 and 3, OLMo 2), else None.
+        output_scale: What the layer's output is multiplied by last, before it joins the stream (Granite's residual multiplier).
     """
 
     W_V: Float[Tensor, "kv_heads d_model d_head"]
@@ -73,6 +74,7 @@ class AttentionWeights:
     b_O: Float[Tensor, "d_model"] | None
     norm: NormWeights | None
     post_norm: NormWeights | None = None
+    output_scale: float = 1.0
 
     @property
     def n_heads(self) -> int:
@@ -96,8 +98,7 @@ class AttentionWeights:
     def output(self, z: Float[Tensor, "*batch heads d_head"]) -> Float[Tensor, "*batch d_model"]:
         """What joins the stream (``hook_attn_out``), given the mixed values ``hook_z``."""
         out = einsum(z, self.W_O, "... heads d_head, heads d_head d_model -> ... d_model")
-        out = out if self.b_O is None else out + self.b_O
-        return out if self.post_norm is None else self.post_norm(out)
+        return _joining(out if self.b_O is None else out + self.b_O, self.post_norm, self.output_scale)
 
     def alone(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The layer's answer to a token that can attend only to itself, as the token at position 0 does."""
@@ -120,6 +121,7 @@ class FFNWeights:
         activation: The function applied to the gate (gated) or to the input branch (plain).
         norm: The norm of the layer's input; None where the layer reads the stream as it is.
         post_norm: A norm of the layer's output before it joins the stream, else None.
+        output_scale: What the layer's output is multiplied by last, before it joins the stream.
     """
 
     W_in: Float[Tensor, "d_model d_mlp"]
@@ -132,6 +134,7 @@ class FFNWeights:
     norm: NormWeights | None
     post_norm: NormWeights | None = None
     b_hidden: Float[Tensor, "d_mlp"] | None = None
+    output_scale: float = 1.0
 
     @property
     def gated(self) -> bool:
@@ -161,16 +164,94 @@ class FFNWeights:
 
     def output(self, hidden: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
         """What joins the stream (``hook_mlp_out``), given the neuron activations."""
-        out = _affine(hidden, self.W_out, self.b_out)
-        return out if self.post_norm is None else self.post_norm(out)
+        return _joining(_affine(hidden, self.W_out, self.b_out), self.post_norm, self.output_scale)
 
     def __call__(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The layer's answer to a residual stream."""
         return self.output(self.hidden(self.input(resid)))
 
 
+@dataclass(frozen=True)
+class MoEWeights:
+    """A mixture of experts: a router sends every token through a few of many feed-forward layers and adds up what they answer.
+
+    Attributes:
+        experts: The layers a token may be sent through. Each has the norm of the mixture's input, so that it stands alone as a
+            dense layer does, and neither a norm nor a scale of its output.
+        W_router: Router weights, one column per expert.
+        b_router: Router bias.
+        top_k: How many experts a token is sent through.
+        renormalized: Whether the probabilities of the experts chosen are divided by their sum.
+        norm: The norm of the layer's input, which router and experts share; None where it reads the stream as it is.
+        post_norm: A norm of the sum of the experts' answers before it joins the stream, else None.
+        shared: An expert that every token goes through besides (Qwen2-MoE), else None.
+        W_shared_gate: The shared expert's answer is multiplied by the sigmoid of this projection; None where it is added as it is.
+        output_scale: What the layer's output is multiplied by last, before it joins the stream.
+    """
+
+    experts: tuple[FFNWeights, ...]
+    W_router: Float[Tensor, "d_model experts"]
+    b_router: Float[Tensor, "experts"] | None
+    top_k: int
+    renormalized: bool
+    norm: NormWeights | None
+    post_norm: NormWeights | None = None
+    shared: FFNWeights | None = None
+    W_shared_gate: Float[Tensor, "d_model 1"] | None = None
+    output_scale: float = 1.0
+
+    def input(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What router and experts see of the residual stream."""
+        return resid if self.norm is None else self.norm(resid)
+
+    def logits(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch experts"]:
+        """The router's score of every expert, for an already normalised input; the ``top_k`` largest win."""
+        return _affine(x, self.W_router, self.b_router)
+
+    def route(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch experts"]:
+        """The weight of every expert's answer to an already normalised input: zero where the expert is not chosen."""
+        logits = self.logits(x)
+        # The softmax over all experts is taken in float32 or better, as models of half precision do.
+        probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+        kept, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalized:
+            kept = kept / kept.sum(-1, keepdim=True)
+        return torch.zeros_like(probabilities).scatter(-1, chosen, kept).to(x.dtype)
+
+    def output(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What joins the stream (``hook_mlp_out``), given the normalised input."""
+        tokens = x.reshape(-1, x.shape[-1])
+        weights = self.route(tokens)
+        out = torch.zeros_like(tokens)
+        for weight, expert in zip(weights.unbind(-1), self.experts, strict=True):
+            sent = weight.nonzero().squeeze(-1)
+            if len(sent) > 0:
+                answer = expert.output(expert.hidden(tokens[sent]))
+                out = out.index_add(0, sent, weight[sent].unsqueeze(-1) * answer)
+        if self.shared is not None:
+            answer = self.shared.output(self.shared.hidden(tokens))
+            out = out + (answer if self.W_shared_gate is None else torch.sigmoid(tokens @ self.W_shared_gate) * answer)
+        return _joining(out, self.post_norm, self.output_scale).reshape(x.shape)
+
+    def __call__(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The layer's answer to a residual stream."""
+        return self.output(self.input(resid))
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum takes one pass over memory, a twentieth of an element-wise check; it overflows on huge finite numbers only.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else x @ weight + bias
+
+
+def _joining(out: Tensor, post_norm: NormWeights | None, scale: float) -> Tensor:
+    """What joins the stream of a sublayer's output."""
+    out = out if post_norm is None else post_norm(out)
+    return out if scale == 1.0 else scale * out
 
 
 @dataclass(frozen=True)
@@ -180,40 +261,50 @@ class BlockWeights:
     Attributes:
         block: Its index, from 0.
         attention: Value and output side of the attention layer.
-        ffn: The feed-forward layer.
+        ffn: The feed-forward layer, or a mixture of them.
         parallel: True where attention and FFN read the same stream (GPT-NeoX, GPT-J, Falcon, Phi), False where the FFN reads
             the stream after attention.
     """
 
     block: int
     attention: AttentionWeights
-    ffn: FFNWeights
+    ffn: FFNWeights | MoEWeights
     parallel: bool
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.ffn.W_in.shape[0]
+        return self.attention.W_O.shape[-1]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with a dotted name, for checks and for moving."""
-        for part, layer in (("attention", self.attention), ("ffn", self.ffn)):
-            for field, value in vars(layer).items():
-                if isinstance(value, Tensor):
-                    yield f"{part}.{field}", value
-                elif isinstance(value, NormWeights):
-                    yield f"{part}.{field}.gain", value.gain
-                    if value.bias is not None:
-                        yield f"{part}.{field}.bias", value.bias
+        """Every tensor with a dotted name, such as ``attention.W_V``, ``ffn.norm.gain`` or ``ffn.experts.3.W_in``.
+
+        The norm that a mixture's experts share is named once, as the mixture's.
+        """
+        yield from _named("attention", self.attention)
+        yield from _named("ffn", self.ffn)
 
     def require_finite(self) -> None:
         """Raises `ValueError` naming the first tensor that holds a NaN or an infinity."""
         for name, tensor in self.named_tensors():
-            if not bool(torch.isfinite(tensor).all()):
+            if not _finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(
                     f"weights: {name} of block {self.block} holds {bad} NaN or infinite entries; allowed: finite numbers"
                 )
+
+
+def _named(path: str, value: Any, known: NormWeights | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a nested value, but for those of a norm that is known from elsewhere."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _named(f"{path}.{index}", item, known)
+    elif isinstance(value, NormWeights | AttentionWeights | FFNWeights | MoEWeights):
+        for field, inner in vars(value).items():
+            if inner is not known:
+                yield from _named(f"{path}.{field}", inner, value.norm if isinstance(value, MoEWeights) else None)
 
 
 class ModelWeights(ABC):
@@ -221,6 +312,11 @@ class ModelWeights(ABC):
 
     Indexing reads a block when it is asked for and keeps nothing, so no more than one block's weights are held beyond the model.
     """
+
+    @property
+    def name(self) -> str:
+        """What the model is called in results."""
+        return "weights"
 
     @property
     @abstractmethod
@@ -237,7 +333,7 @@ class ModelWeights(ABC):
         """Reads one block.
 
         Raises:
-            ValueError: The block does not exist, or it is of a kind that has no single FFN (a mixture of experts).
+            ValueError: The block does not exist, or its layout is not one that can be read.
         """
         if not -len(self) <= block < len(self):
             raise ValueError(f"block: got {block}; allowed: 0 to {len(self) - 1} (or negative, from the end)")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sd_lens.models import hook_names
+from sd_lens.models.batches import Batch, batches
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.tracing.batches import Batch, batches
+from sd_lens.models.running import run_batches
 from sd_lens.tracing.defects import Defects
-from sd_lens.tracing.norms import run_batches
 
 PARTS = ("before", "attention", "ffn")
 

@@ -6,58 +6,20 @@ of any width. In a second pass over a few prompts it also measures the defect di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sd_lens.models import hook_names
-from sd_lens.models.loading import inference, require_usable
+from sd_lens.models.batches import Batch, batches
+from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.running import run_batches
 from sd_lens.models.tokens import Prompts, tokenize
-from sd_lens.tracing.batches import Batch, batches
 from sd_lens.tracing.direction import DefectDirection, DirectionAccumulator
 from sd_lens.tracing.trace import MIN_RATIO, NormTrace, labelled, require_finite, require_ratio, stream_norms
-
-
-def run_batches(
-    model: TransformerLensModel,
-    work: Sequence[Batch],
-    points: Sequence[str],
-    on_batch: Callable[[Batch], Callable[[int, Tensor], None]],
-    *,
-    stop_at: int | None = None,
-    progress: bool | None = None,
-    label: str = "tracing",
-) -> None:
-    """Runs batches through a model and hands the activation at every hook point to a callback; nothing is kept.
-
-    Args:
-        model: The model; its hooks and mode are as before afterwards, also after an error.
-        work: The batches.
-        points: Hook points.
-        on_batch: Gives, for each batch, the function that is called with the number of a hook point and its activation.
-        stop_at: Run this many blocks only.
-        progress: Whether to show a progress bar; None shows one on a terminal or in a notebook once the work takes seconds.
-        label: The progress bar's.
-    """
-    hidden = None if progress is None else not progress
-    with inference(model), tqdm(work, desc=label, unit="batch", delay=2.0, disable=hidden, leave=False) as bar:
-        for batch in bar:
-            receive = on_batch(batch)
-            hooks = [(name, _hand_over(receive, point)) for point, name in enumerate(points)]
-            options = {} if stop_at is None else {"stop_at_layer": stop_at}
-            model.run_with_hooks(batch.tokens.to(model.cfg.device), fwd_hooks=hooks, return_type=None, **options)
-
-
-def _hand_over(receive: Callable[[int, Tensor], None], point: int) -> Callable[..., None]:
-    def hook(stream: Tensor, hook: Any) -> None:
-        receive(point, stream)
-
-    return hook
 
 
 def trace_norms(

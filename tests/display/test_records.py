@@ -64,6 +64,7 @@ def test_a_spectrum(findings):
     assert through_json(record) == record
     assert (record["schema"], record["d_model"], record["n_blocks"]) == ("sd_lens.spectrum/1", 64, 6)
     assert len(record["blocks"]) == 18
+    assert (record["reference"], record["notes"]) == ("measured", ["FFNs fitted to N(0, I) at the projections"])
     row = next(row for row in record["blocks"] if row["block"] == 4 and row["part"] == "block")
     expected = findings.directions.row(4)
     assert row == {
@@ -71,10 +72,12 @@ def test_a_spectrum(findings):
         "part": "block",
         "sigma1": expected.sigma1,
         "sigma2": expected.sigma2,
+        "gap": expected.sigma1 / expected.sigma2,
         "angle_deg": expected.angle_deg,
         "eigenvalue": [expected.eigenvalue.real, expected.eigenvalue.imag],
         "eigenvector_angle_deg": expected.eigenvector_angle_deg,
         "residual": expected.residual,
+        "converged": True,
         "balance": expected.balance,
     }
 

@@ -1,125 +1,16 @@
-"""The closed-form fit against adaptive quadrature and against fits to samples."""
+"""The closed-form fit against fits to samples and against integrals without derivatives."""
 
-import itertools
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from dense import ffn_fit
 from layers import random_block
-from scipy.integrate import quad
 
-from sd_lens.linear.gaussian import activation_moments, fit_ffn
-from sd_lens.models.activations import KNOWN, Activation, identify
-
-GRID = [(mean, std) for mean in (-6.0, -0.7, 0.0, 0.3, 4.0, 30.0) for std in (1e-4, 0.02, 0.5, 1.0, 5.0, 300.0)]
-
-
-# Where an integral is as good as zero, quad says that it could not get all the digits asked for.
-pytestmark = pytest.mark.filterwarnings("ignore:The occurrence of roundoff")
-
-
-def _quad(f, mean, std):
-    """``E[f(a, z)]`` to 12 digits: adaptive, told where the integrand bends."""
-
-    def integrand(z):
-        return f(mean + std * z, z) * math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-    bends = sorted({z for a in (-40.0, -6.0, -1.0, 0.0, 1.0, 6.0, 40.0) if abs(z := (a - mean) / std) < 12})
-    edges = [-12.0, *bends, 12.0]
-    pieces = [quad(integrand, a, b, epsabs=0, epsrel=1e-13, limit=400)[0] for a, b in itertools.pairwise(edges)]
-    return math.fsum(pieces)
-
-
-def _slope_of(activation):
-    """The derivative in one point, by automatic differentiation."""
-
-    def slope(a):
-        x = torch.tensor(a, dtype=torch.float64, requires_grad=True)
-        return torch.autograd.grad(activation(x), x)[0].item()
-
-    return slope
-
-
-def _gelu_tanh_slope(a):
-    c, k = math.sqrt(2 / math.pi), 0.044715
-    t = math.tanh(c * (a + k * a**3))
-    return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * c * (1 + 3 * k * a * a)
-
-
-def _silu_slope(a):
-    s = 1 / (1 + math.exp(-a)) if a > -700 else 0.0
-    return s + a * s * (1 - s)
-
-
-def _gelu_slope(a):
-    return 0.5 * math.erfc(-a / math.sqrt(2)) + a * math.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-
-
-VALUES = {
-    "relu": lambda a: max(a, 0.0),
-    "silu": lambda a: a / (1 + math.exp(-a)) if a > -700 else 0.0,
-    "gelu": lambda a: 0.5 * a * math.erfc(-a / math.sqrt(2)),
-    "gelu_tanh": lambda a: 0.5 * a * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))),
-}
-SLOPES = {"relu": lambda a: float(a > 0), "silu": _silu_slope, "gelu": _gelu_slope, "gelu_tanh": _gelu_tanh_slope}
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_the_slopes_of_this_file_are_the_activations_own(name):
-    for a in (-3.0, -0.4, 0.9, 5.0):
-        assert SLOPES[name](a) == pytest.approx(_slope_of(KNOWN[name])(a), rel=1e-12)
-
-
-def _moments(activation, grid):
-    mean, std = torch.tensor(grid, dtype=torch.float64).T
-    return torch.stack(list(activation_moments(activation, mean, std)), dim=-1).tolist()
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_moments_of_known_activations(name):
-    value, slope = VALUES[name], SLOPES[name]
-    for (mean, std), got in zip(GRID, _moments(KNOWN[name], GRID), strict=True):
-        wanted = [_quad(f, mean, std) for f in (lambda a, z: value(a), lambda a, z: slope(a), lambda a, z: z * slope(a))]
-        assert got[:2] == pytest.approx(wanted[:2], rel=1e-9, abs=1e-12), (mean, std)
-        # The third moment enters a fit multiplied by the standard deviation: that product needs the digits.
-        assert std * got[2] == pytest.approx(std * wanted[2], rel=1e-9, abs=1e-13), (mean, std)
-
-
-@pytest.mark.parametrize(
-    ("fn", "value", "slope"),
-    [
-        (lambda x: torch.relu(x) ** 2, lambda a: max(a, 0.0) ** 2, lambda a: 2 * max(a, 0.0)),
-        (torch.tanh, math.tanh, lambda a: 1 - math.tanh(a) ** 2),
-        (lambda x: x**3, lambda a: a**3, lambda a: 3 * a * a),
-    ],
-    ids=["relu squared", "tanh", "cube"],
-)
-def test_moments_of_unknown_activations(fn, value, slope):
-    grid = [(mean, std) for mean, std in GRID if 0.02 <= std <= 5 and abs(mean) < 10]
-    activation = identify(fn)
-    assert activation.name == "other"
-    for (mean, std), got in zip(grid, _moments(activation, grid), strict=True):
-        wanted = [_quad(f, mean, std) for f in (lambda a, z: value(a), lambda a, z: slope(a), lambda a, z: z * slope(a))]
-        assert got == pytest.approx(wanted, rel=1e-6, abs=1e-7), (mean, std)
-
-
-def test_a_neuron_without_weights_is_a_constant():
-    for name, activation in KNOWN.items():
-        moments = activation_moments(activation, torch.tensor([0.7, -0.7]), torch.zeros(2))
-        for i, a in enumerate((0.7, -0.7)):
-            assert moments.value[i].item() == pytest.approx(VALUES[name](np.float32(a).item()), rel=1e-6)
-            assert moments.slope[i].item() == pytest.approx(SLOPES[name](a), rel=1e-5)
-
-
-def test_the_example_of_the_documentation():
-    moments = activation_moments(KNOWN["relu"], torch.zeros(1), torch.ones(1))
-    assert [round(x.item(), 12) for x in moments] == [
-        round(1 / math.sqrt(2 * math.pi), 12),
-        0.5,
-        round(1 / math.sqrt(2 * math.pi), 12),
-    ]
+from sd_lens.linear.gaussian import fit_ffn
+from sd_lens.linear.inputs import GaussianInput
+from sd_lens.models.activations import KNOWN, Activation
 
 
 def _sampled(ffn, inputs, samples, seed):
@@ -172,13 +63,15 @@ def test_the_inputs_mean_is_the_norms_bias_or_zero():
     assert torch.equal(fit_ffn(ffn, inputs="gain").input_mean, ffn.norm.bias)
     assert not fit_ffn(ffn, inputs="unit").input_mean.any()
     bare = replace(ffn, norm=None)
-    for one, other in zip(fit_ffn(bare, inputs="gain"), fit_ffn(bare, inputs="unit"), strict=True):
-        assert torch.equal(one, other)
+    one, other = fit_ffn(bare, inputs="gain"), fit_ffn(bare, inputs="unit")
+    assert torch.equal(one.gate_coefficient, other.gate_coefficient)
+    assert torch.equal(one.mean_hidden, other.mean_hidden)
 
 
 def test_coefficients_have_the_layers_dtype_and_float32_is_close_to_float64():
     fine, coarse = (fit_ffn(random_block(dtype=dtype).ffn) for dtype in (torch.float64, torch.float32))
-    for a, b in zip(fine, coarse, strict=True):
+    for name in ("in_coefficient", "gate_coefficient", "mean_hidden", "input_mean"):
+        a, b = getattr(fine, name), getattr(coarse, name)
         assert (a.dtype, b.dtype) == (torch.float64, torch.float32)
         torch.testing.assert_close(a.float(), b, rtol=1e-5, atol=1e-6)
 
@@ -195,5 +88,78 @@ def test_a_linear_activation_is_fitted_exactly():
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_unknown_inputs_are_refused():
-    with pytest.raises(ValueError, match="inputs: got 'measured'; allowed: 'unit', 'gain'"):
+    with pytest.raises(ValueError, match="inputs: got 'measured'; allowed: 'unit', 'gain' or a GaussianInput"):
         fit_ffn(random_block().ffn, inputs="measured")
+
+
+def _covariance(d, seed):
+    factor = torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / d**0.5
+    return factor @ factor.mT + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+def _in_unit_coordinates(ffn, mean, root):
+    """The same layer as a function of ``z`` with ``x = mean + root z``, ``z ~ N(0, I)``."""
+
+    def moved(weight, bias):
+        return None if weight is None else (0 if bias is None else bias) + mean @ weight
+
+    gate = None if ffn.W_gate is None else root.mT @ ffn.W_gate
+    return replace(
+        ffn,
+        W_in=root.mT @ ffn.W_in,
+        W_gate=gate,
+        b_in=moved(ffn.W_in, ffn.b_in),
+        b_gate=moved(ffn.W_gate, ffn.b_gate),
+    )
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("activation", KNOWN)
+@pytest.mark.parametrize("gated", [True, False])
+def test_any_gaussian_is_the_unit_one_in_other_coordinates(activation, gated, diagonal):
+    d = 10
+    ffn = random_block(activation=activation, gated=gated, seed=3).ffn
+    mean = torch.linspace(-1, 1, d, dtype=torch.float64)
+    cov = torch.linspace(0.2, 3, d, dtype=torch.float64) if diagonal else _covariance(d, 5)
+    root = torch.diag(cov.sqrt()) if diagonal else torch.linalg.cholesky(cov)
+    fit = fit_ffn(ffn, inputs=GaussianInput(mean, cov))
+    wanted = ffn_fit(_in_unit_coordinates(ffn, mean, root)) @ torch.linalg.inv(root)
+    torch.testing.assert_close(fit.to_dense(), wanted, rtol=1e-8, atol=1e-10)
+    assert torch.equal(fit.input_mean, mean)
+    moved = fit_ffn(_in_unit_coordinates(ffn, mean, root))
+    torch.testing.assert_close(fit.mean_hidden, moved.mean_hidden, rtol=1e-9, atol=1e-12)
+
+
+def test_a_full_covariance_that_is_diagonal_says_the_same():
+    ffn = random_block(seed=3).ffn
+    mean, variances = torch.linspace(-1, 1, 10).double(), torch.linspace(0.2, 3, 10).double()
+    one, other = (fit_ffn(ffn, inputs=GaussianInput(mean, cov)) for cov in (variances, torch.diag(variances)))
+    torch.testing.assert_close(one.to_dense(), other.to_dense(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("inputs", ["unit", "gain"])
+def test_the_layout_in_memory_and_the_chunks_make_no_difference(layout, inputs, monkeypatch):
+    ffn = random_block(d_mlp=23, seed=1).ffn
+    wanted = fit_ffn(ffn, inputs=inputs)
+    arranged = {
+        name: getattr(ffn, name).clone() if layout == "rows" else getattr(ffn, name).mT.contiguous().mT
+        for name in ("W_in", "W_gate")
+    }
+    assert (arranged["W_in"].stride(0) == 1) == (layout == "columns")
+    monkeypatch.setattr("sd_lens.linear.gaussian._AT_ONCE", 40)
+    fit = fit_ffn(replace(ffn, **arranged), inputs=inputs)
+    for name in ("in_coefficient", "gate_coefficient", "mean_hidden"):
+        torch.testing.assert_close(getattr(fit, name), getattr(wanted, name), rtol=1e-12, atol=1e-14)
+
+
+def test_a_fit_says_how_it_was_made():
+    ffn = random_block().ffn
+    assert fit_ffn(ffn).method == "closed form"
+    odd = fit_ffn(replace(ffn, activation=Activation("other", torch.tanh)))
+    assert odd.method == "closed form, the unknown activation's moments by quadrature on its values"
+
+
+def test_a_gaussian_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="inputs: got a Gaussian of width 9; allowed: the model's width, 10"):
+        fit_ffn(random_block().ffn, inputs=GaussianInput(torch.zeros(9), torch.ones(9)))

@@ -9,8 +9,10 @@ import zoo
 from dense import angle, block_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.linalg import svds
 
-from sd_lens.linear.maps import LinearMap, linearize
+from sd_lens.linear.linearize import linearize
+from sd_lens.linear.maps import LinearMap
 from sd_lens.linear.spectra import eigen_nearest, leading_singular
 from sd_lens.models.loading import weights_of
 
@@ -218,5 +220,123 @@ def test_a_map_that_is_zero_has_zero_singular_values():
     zero = Dense(torch.zeros(40, 40, dtype=torch.float64))
     u, s, v = leading_singular(zero, 3)
     assert s.tolist() == [0.0] * 3
-    assert torch.equal(u.T @ u, torch.eye(3, dtype=torch.float64))
-    assert torch.equal(v.T @ v, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(u.T @ u, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(v.T @ v, torch.eye(3, dtype=torch.float64))
+
+
+def test_equal_singular_values_are_all_found():
+    # Of a space of vectors that are stretched alike one starting vector sees one: the others must be looked for.
+    eye = Dense(3 * torch.eye(20, dtype=torch.float64))
+    u, s, v = leading_singular(eye, 4)
+    assert s.tolist() == pytest.approx([3.0] * 4)
+    torch.testing.assert_close(u.T @ u, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(u, v)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_maps_of_low_rank(rank):
+    matrix = _random(30, seed=1, columns=rank) @ _random(30, seed=2, columns=rank).T
+    linear = Dense(matrix)
+    found = leading_singular(linear, 6)
+    torch.testing.assert_close(found.s, torch.linalg.svdvals(matrix)[:6], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.u.T @ found.u, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert linear.products < 30
+
+
+@pytest.mark.parametrize("gap", [1.01, 1.3])
+def test_arpack_agrees(gap):
+    matrix = _with_singular_values([gap, *np.linspace(1, 0.1, 299)], seed=4)
+    found = leading_singular(Dense(matrix), 3)
+    _, s, vt = svds(Dense(matrix).as_linear_operator(), k=3, v0=np.ones(300), tol=1e-12)
+    assert found.s.tolist() == pytest.approx(np.sort(s)[::-1].tolist(), rel=1e-9)
+    assert angle(found.v[:, 0], torch.from_numpy(vt[s.argmax()].copy())) < 1e-5
+
+
+def test_what_stands_out_takes_few_products_and_a_tolerance_saves_some():
+    matrix = _with_singular_values([50.0, *np.linspace(1, 0.1, 499)])
+    products = {}
+    for tol in (1e-10, 1e-3, (1e-6, 1e-2), (1e-6, 1e-8)):
+        linear = Dense(matrix)
+        found = leading_singular(linear, 2 if isinstance(tol, tuple) else 1, tol=tol)
+        products[tol] = linear.products
+        assert float(found.s[0]) == pytest.approx(50, rel=1e-6)
+        if isinstance(tol, tuple):
+            assert float(found.s[1]) == pytest.approx(1, abs=tol[1])
+    assert products[1e-10] <= 16
+    assert products[1e-3] < products[1e-10]
+    assert products[1e-6, 1e-2] < products[1e-6, 1e-8]
+
+
+@pytest.mark.parametrize("tol", [0.0, -1.0, (1e-3,), (1e-3, 0.0), (1e-3, 1e-3, 1e-3)])
+def test_tolerances_that_are_none_are_refused(tol):
+    with pytest.raises(ValueError, match=r"tol: got .*; allowed: a positive number, or 2 of them"):
+        leading_singular(Dense(_random(6, seed=0)), 2, tol=tol)
+
+
+@settings(max_examples=20)
+@given(d=st.integers(2, 60), seed=st.integers(0, 9999), mix=st.sampled_from([0.0, 1.0, 3.0]))
+def test_the_dense_method_is_a_second_opinion(d, seed, mix):
+    matrix = _random(d, seed=seed) / d**0.5
+    direction = _random(d, seed=seed + 1, columns=1)[:, 0] / d**0.5 + mix * torch.linalg.eig(matrix)[1][:, seed % d].real
+    dense, krylov = (eigen_nearest(Dense(matrix), direction, method=method) for method in ("dense", "krylov"))
+    _assert_eigenpair(matrix, dense)
+    assert dense.converged
+    value, degrees = _nearest_by_eig(matrix, direction)
+    assert dense.angle_deg == pytest.approx(degrees, abs=1e-4)
+    assert krylov.angle_deg == pytest.approx(degrees, abs=0.01)  # the space was the whole one, or the vector near
+    assert complex(dense.value.real, abs(dense.value.imag)) == pytest.approx(value, rel=1e-6, abs=1e-9)
+
+
+def test_what_did_not_converge_says_so():
+    matrix = _random(300, seed=0) / 300**0.5
+    direction = _random(300, seed=1, columns=1)[:, 0]
+    short = eigen_nearest(Dense(matrix), direction, max_krylov=8)
+    assert not short.converged
+    assert short.residual > 0.01
+    assert eigen_nearest(Dense(matrix), direction, max_krylov=300).converged
+
+
+def test_a_nearer_eigenvector_that_shows_later_is_waited_for():
+    # One eigenvector at 40° with a large eigenvalue comes out first, one at 25° among small ones last.
+    d = 120
+    basis = torch.linalg.qr(_random(d, seed=8)).Q
+    direction, a, b = basis[:, 0], basis[:, 1], basis[:, 2]
+    far = math.cos(math.radians(40)) * direction + math.sin(math.radians(40)) * a
+    near = math.cos(math.radians(25)) * direction + math.sin(math.radians(25)) * b
+    vectors = torch.cat([far.unsqueeze(1), near.unsqueeze(1), basis[:, 1:2] + 0.3 * basis[:, 5:6], basis[:, 3:]], dim=1)
+    vectors = vectors / vectors.norm(dim=0)
+    values = torch.cat([torch.tensor([9.0, 1.3]), torch.linspace(-1, 1, d - 2)]).double()
+    matrix = vectors @ torch.diag(values) @ torch.linalg.inv(vectors)
+    found = eigen_nearest(Dense(matrix), direction)
+    assert found.angle_deg == pytest.approx(_nearest_by_eig(matrix, direction)[1], abs=0.01)
+    assert found.value.real == pytest.approx(1.3, rel=1e-3)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_options_of_the_eigenpair_that_are_none_are_refused():
+    linear = Dense(_random(4, seed=0))
+    with pytest.raises(ValueError, match="method: got 'qr'; allowed: 'krylov', 'dense'"):
+        eigen_nearest(linear, torch.ones(4), method="qr")
+    for options in ({"max_krylov": 0}, {"tol": 0.0}):
+        with pytest.raises(ValueError, match="max_krylov, tol: got "):
+            eigen_nearest(linear, torch.ones(4), **options)
+
+
+def test_no_vector_leaves_the_device(monkeypatch):
+    # On an accelerator these calls copy to the host; none may be made on a vector of the stream's width.
+    d = 200
+    direction = torch.nn.functional.normalize(_random(d, seed=1, columns=1)[:, 0], dim=0)
+    linear = Dense(_random(d, seed=2) / d**0.5 + 20 * torch.outer(direction, _random(d, seed=3, columns=1)[:, 0] + direction))
+    sizes = []
+    for name in ("cpu", "numpy", "tolist", "__array__"):
+        original = getattr(torch.Tensor, name)
+
+        def watched(self, *args, _original=original, **kwargs):
+            sizes.append(self.numel())
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+    leading_singular(linear)
+    eigen_nearest(linear, direction)
+    assert sizes, "the small projected matrix is looked at on the host"
+    assert max(sizes) < d

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
+from layers import random_mixture
 from recording import same_state, state
 
 from sd_lens.models import check as check_module
@@ -11,8 +12,17 @@ from sd_lens.models.live import LiveWeights
 from sd_lens.models.weights import ModelWeights
 
 FAMILIES = list(zoo.FAMILIES.values())
-REBUILT = ("value vectors", "attention output", "FFN pre-activations", "FFN output")
-ALL = ("residual hooks", "block identity", "causality", *REBUILT, "norms before the sublayers")
+PRE = "FFN pre-activations"
+ALL = (
+    "residual hooks",
+    "block identity",
+    "causality",
+    "value vectors",
+    "attention output",
+    "attention alone",
+    PRE,
+    "FFN output",
+)
 
 
 def _named(keep):
@@ -23,46 +33,70 @@ def _rows(outcome):
     return {row.check: row for row in outcome.rows}
 
 
-@_named(lambda family: not family.moe and not family.post_norm)
-def test_a_dense_pre_norm_model_passes_everything(family):
+@_named(lambda family: not family.moe)
+def test_a_dense_model_passes_everything(family):
     outcome = check(zoo.cached(family.name))
     assert {name: row.passed for name, row in _rows(outcome).items()} == dict.fromkeys(ALL, True)
     assert all(row.error < 1e-5 for row in outcome.rows if row.error is not None)
     assert outcome.analyses()["applies"].all()
+    assert set(outcome.analyses()["because"]) == {""}
     assert outcome.applies("trace_norms")
     assert outcome.applies("linearize")
 
 
-@_named(lambda family: family.post_norm)
-def test_norms_after_the_sublayers_rule_out_the_linear_maps_and_nothing_else(family):
-    outcome = check(zoo.cached(family.name))
-    passed = {name: row.passed for name, row in _rows(outcome).items()}
-    assert passed == {**dict.fromkeys(ALL, True), "norms before the sublayers": False}
-    assert outcome.applies("find_defects")
-    assert outcome.applies("weights_of")
-    assert not outcome.applies("block_directions")
-    because = outcome.analyses().set_index("applies")["because"]
-    assert because[False] == "norms before the sublayers: a norm stands after a sublayer"
-    assert set(because[True]) == {""}
-
-
 @_named(lambda family: family.moe)
-def test_a_mixture_of_experts_rules_out_what_needs_one_ffn(family):
+def test_a_mixture_of_experts_passes_what_it_has_anything_to_show_of(family):
     outcome = check(zoo.cached(family.name))
-    rows = _rows(outcome)
-    assert all(rows[name].passed is True for name in ALL[:3])
-    assert all(rows[name].passed is None and "mixture of experts" in rows[name].detail for name in ALL[3:])
-    assert outcome.applies("defect_direction")
-    assert not outcome.applies("weights_of")
-    assert not outcome.applies("linearize")
-    assert all("mixture of experts" in because for because in outcome.analyses()["because"][1:])
+    assert {name: row.passed for name, row in _rows(outcome).items()} == {**dict.fromkeys(ALL, True), PRE: None}
+    assert all(row.error < 1e-5 for row in outcome.rows if row.error is not None)
+    assert _rows(outcome)[PRE].detail == "a mixture of experts shows none"
+    assert outcome.analyses()["applies"].all()
+
+
+def test_the_dense_blocks_among_mixtures_show_their_pre_activations():
+    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    outcome = check(zoo.boot("Qwen2Moe", **zoo.SIZES, **sizes, mlp_only_layers=[1]))
+    assert {row.check: row.passed for row in outcome.rows} == dict.fromkeys(ALL, True)
+    assert _rows(outcome)[PRE].block == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox_parallel"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox_parallel", "mixtral", "qwen2_moe"])
 def test_other_dtypes_pass_too(name, dtype):
     outcome = check(zoo.build(name, dtype=dtype))
-    assert {row.check: row.passed for row in outcome.rows} == dict.fromkeys(ALL, True)
+    passed = {**dict.fromkeys(ALL, True), PRE: None} if zoo.FAMILIES[name].moe else dict.fromkeys(ALL, True)
+    assert {row.check: row.passed for row in outcome.rows} == passed
+
+
+def test_tokens_on_the_border_between_two_experts_are_not_compared():
+    layer = random_mixture(experts=4, top_k=1, biases=False)
+    x = torch.randn(50, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twins = layer.W_router.clone()
+    twins[:, 1] = twins[:, 0] + 1e-7
+    settled = check_module._settled(replace(layer, W_router=twins), x)
+    assert settled.tolist() == [int(expert) > 1 for expert in (x @ twins).argmax(-1)]
+    assert 5 < settled.sum() < 45
+    # Where all experts are equal for all tokens, no token is worse than the others.
+    assert check_module._settled(replace(layer, W_router=0 * twins), x).all()
+    assert check_module._settled(replace(layer, top_k=4), x).all()
+
+
+def test_a_mixture_that_decides_near_ties_otherwise_passes(monkeypatch):
+    model = zoo.build("mixtral")
+    with torch.no_grad():
+        router = model.blocks[1].mlp.gate.weight
+        router[1] = (1 + 1e-6) * router[0]
+
+    class Swapped(Perturbed):
+        def _read(self, block):
+            weights = self._live[block]
+            other = weights.ffn.W_router[:, [1, 0, 2, 3]] if block == 1 else weights.ffn.W_router
+            return replace(weights, ffn=replace(weights.ffn, W_router=other))
+
+    monkeypatch.setattr(check_module, "weights_of", lambda model: Swapped(model, "", ""))
+    assert _rows(check(model))["FFN output"].passed
+    monkeypatch.setattr(check_module, "_settled", lambda ffn, x: torch.ones_like(x[..., 0], dtype=torch.bool))
+    assert not _rows(check(model))["FFN output"].passed
 
 
 # A permanent hook on this point of block 1 breaks this identity: what the model computed is no longer what its weights say.
@@ -86,8 +120,18 @@ def test_a_hook_that_changes_the_model_is_noticed_where_it_does(name, point):
     assert row.passed is False
     assert row.block == 1
     assert 1e-3 < row.error < 0.1
-    assert {row.check for row in outcome.rows if not row.passed} <= {broken, "FFN output"}
+    assert {row.check for row in outcome.rows if not row.passed} <= {broken, "FFN output", "attention alone"}
     assert not outcome.applies("trace_norms" if broken == "block identity" else "weights_of")
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2", "mixtral"))])
+def test_what_happens_to_values_on_their_way_out_is_noticed(name):
+    model = zoo.build(name)
+    model.add_hook("blocks.1.attn.hook_z", lambda value, hook: 1.01 * value)
+    outcome = check(model)
+    assert {row.check: row.block for row in outcome.rows if row.passed is False} == {"attention alone": 1}
+    assert outcome.applies("weights_of")
+    assert not outcome.applies("linearize")
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2"))])
@@ -116,16 +160,22 @@ class Perturbed(ModelWeights):
             return weights
         layer = getattr(weights, self._part)
         value = getattr(layer, self._field)
-        wrong = replace(value, gain=1.01 * value.gain) if self._field == "norm" else 1.01 * value
+        wrong = {
+            "norm": lambda: replace(value, gain=1.01 * value.gain),
+            "shared": lambda: replace(value, W_out=1.01 * value.W_out),
+            "experts": lambda: tuple(replace(expert, W_out=1.01 * expert.W_out) for expert in value),
+            "top_k": lambda: value + 1,
+            "renormalized": lambda: not value,
+        }.get(self._field, lambda: 1.01 * value)()
         return replace(weights, **{self._part: replace(layer, **{self._field: wrong})})
 
 
 @pytest.mark.parametrize(
     ("part", "field", "broken"),
     [
-        ("attention", "norm", {"value vectors"}),
-        ("attention", "W_V", {"value vectors"}),
-        ("attention", "W_O", {"attention output"}),
+        ("attention", "norm", {"value vectors", "attention alone"}),
+        ("attention", "W_V", {"value vectors", "attention alone"}),
+        ("attention", "W_O", {"attention output", "attention alone"}),
         ("ffn", "norm", {"FFN pre-activations", "FFN output"}),
         ("ffn", "W_gate", {"FFN pre-activations", "FFN output"}),
         ("ffn", "W_in", {"FFN pre-activations", "FFN output"}),
@@ -136,6 +186,13 @@ def test_weights_that_are_not_the_models_are_noticed(monkeypatch, part, field, b
     monkeypatch.setattr(check_module, "weights_of", lambda model: Perturbed(model, part, field))
     failed = {row.check: row.block for row in check(zoo.cached("llama")).rows if not row.passed}
     assert failed == dict.fromkeys(broken, 1)
+
+
+@pytest.mark.parametrize("field", ["W_router", "norm", "W_shared_gate", "shared", "experts", "top_k", "renormalized"])
+def test_a_mixture_that_is_not_the_models_is_noticed(monkeypatch, field):
+    monkeypatch.setattr(check_module, "weights_of", lambda model: Perturbed(model, "ffn", field))
+    failed = {row.check: row.block for row in check(zoo.cached("qwen2_moe")).rows if row.passed is False}
+    assert failed == {"FFN output": 1}
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2", "mixtral"))])
@@ -169,7 +226,7 @@ def test_the_outcome_as_tables():
     outcome = check(zoo.cached("llama"), seed=1)
     table = outcome.to_dataframe()
     assert table["check"].tolist() == list(ALL)
-    assert table["error"].tolist()[1:7] == [row.error for row in outcome.rows[1:7]]
+    assert table["error"].tolist()[1:] == [row.error for row in outcome.rows[1:]]
     assert repr(outcome).endswith("8 of 8 checks passed)")
     assert all(name in outcome._repr_html_() for name in ("FFN output", "block_directions"))
     with pytest.raises(ValueError, match=r"analysis: got 'nonsense'; allowed: one of trace_norms, .*"):

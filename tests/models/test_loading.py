@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizer import save_folder
 from transformer_lens.model_bridge import TransformerBridge
 
-from sd_lens.linear.maps import linearize
+from sd_lens.linear.linearize import linearize
 from sd_lens.models.completeness import missing_tensors
 from sd_lens.models.loading import ModelStateWarning, inference, load, weights_of
 
@@ -246,6 +246,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 def test_a_shard_that_the_index_names_must_be_there(tmp_path):
     folder = tmp_path / "model"
     save_folder("llama", folder)
+    (folder / "model.safetensors").unlink()  # which would be taken instead
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"lacks model-00001-of-00002\.safetensors"):

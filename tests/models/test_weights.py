@@ -1,5 +1,6 @@
 """The algebra of block weights, against formulas written with torch's own layers."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import blocks, random_block
+from layers import blocks, mixtures, random_block, random_mixture
 
 from sd_lens.models.weights import ModelWeights, NormWeights, split_heads
 
@@ -65,7 +66,7 @@ def test_layers_compute_what_their_formulas_say(block, seed):
         shared = head // (heads // attention.W_V.shape[0])
         value = normed @ attention.W_V[shared] + (0 if attention.b_V is None else attention.b_V[shared])
         out = out + value @ attention.W_O[head]
-    torch.testing.assert_close(attention.alone(x).flatten(0, 1), out)
+    torch.testing.assert_close(attention.alone(x).flatten(0, 1), attention.output_scale * out)
 
     normed = _torch_norm(ffn.norm, x.flatten(0, 1))
     linear = F.linear(normed, ffn.W_in.T, ffn.b_in)
@@ -74,7 +75,7 @@ def test_layers_compute_what_their_formulas_say(block, seed):
         hidden = hidden if ffn.b_hidden is None else hidden + ffn.b_hidden
     else:
         hidden = ffn.activation(linear)
-    torch.testing.assert_close(ffn(x).flatten(0, 1), F.linear(hidden, ffn.W_out.T, ffn.b_out))
+    torch.testing.assert_close(ffn(x).flatten(0, 1), ffn.output_scale * F.linear(hidden, ffn.W_out.T, ffn.b_out))
 
 
 def test_a_norm_after_a_sublayer_is_applied_to_its_output_with_biases():
@@ -86,6 +87,66 @@ def test_a_norm_after_a_sublayer_is_applied_to_its_output_with_biases():
     torch.testing.assert_close(block.attention.alone(x), _torch_norm(block.attention.post_norm, attention.alone(x)))
     torch.testing.assert_close(block.ffn(x), _torch_norm(block.ffn.post_norm, ffn(x)))
     assert bare.attention.post_norm is None
+
+
+def test_an_output_is_scaled_after_its_norm():
+    plain, scaled = random_block(post_norm=True), random_block(post_norm=True, output_scale=0.3)
+    x = torch.randn(4, plain.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(scaled.attention.alone(x), 0.3 * plain.attention.alone(x))
+    torch.testing.assert_close(scaled.ffn(x), 0.3 * plain.ffn(x))
+
+
+@given(options=mixtures, seed=st.integers(0, 999))
+def test_a_mixture_is_the_sum_of_its_best_experts(options, seed):
+    layer = random_mixture(**options)
+    x = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    got = layer(x)
+    for token, answer in zip(x.flatten(0, 1), got.flatten(0, 1), strict=True):
+        normed = _torch_norm(layer.norm, token[None])[0]
+        scores = (normed @ layer.W_router + (0 if layer.b_router is None else layer.b_router)).tolist()
+        total = sum(math.exp(score) for score in scores)
+        best = sorted(range(len(scores)), key=lambda e: -scores[e])[: layer.top_k]
+        kept = sum(math.exp(scores[e]) for e in best) if layer.renormalized else total
+        # An expert stands alone: it has the mixture's norm.
+        out = sum(math.exp(scores[e]) / kept * layer.experts[e](token) for e in best)
+        if layer.shared is not None:
+            gate = 1.0 if layer.W_shared_gate is None else float(torch.sigmoid(normed @ layer.W_shared_gate[:, 0]))
+            out = out + gate * layer.shared(token)
+        out = out if layer.post_norm is None else _torch_norm(layer.post_norm, out[None])[0]
+        torch.testing.assert_close(answer, layer.output_scale * out)
+
+
+@pytest.mark.parametrize("renormalized", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_a_router_keeps_its_best(renormalized, top_k):
+    layer = random_mixture(top_k=top_k, renormalized=renormalized)
+    x = torch.randn(7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights, probabilities = layer.route(x), layer.logits(x).softmax(-1)
+    chosen = weights > 0
+    assert chosen.sum(-1).eq(top_k).all()
+    assert probabilities.where(chosen, 2).amin(-1).ge(probabilities.where(~chosen, 0).amax(-1)).all()
+    if renormalized:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(7, dtype=torch.float64))
+    else:
+        torch.testing.assert_close(weights, probabilities * chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mixture_of_half_precision_is_routed_in_float32(dtype):
+    layer = random_mixture(dtype=dtype, experts=5, top_k=2, renormalized=True)
+    x = torch.randn(50, 10, generator=torch.Generator().manual_seed(1)).to(dtype)
+    best = layer.logits(x).float().topk(2, dim=-1).values
+    wanted = torch.cat([best.softmax(-1), torch.zeros(50, 3)], dim=-1).to(dtype)
+    assert torch.equal(layer.route(x).sort(dim=-1, descending=True).values, wanted)
+    assert layer(x).dtype == dtype
+
+
+def test_gradients_reach_every_part_of_a_mixture():
+    layer = random_mixture(shared=True)
+    x = torch.randn(1, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (jacobian,) = torch.autograd.functional.jacobian(layer, x)[0].unbind(1)
+    step = 1e-6 * torch.eye(10, dtype=torch.float64)
+    torch.testing.assert_close(jacobian, ((layer(x + step) - layer(x - step)) / 2e-6).T, rtol=1e-5, atol=1e-6)
 
 
 FULL = random_block(post_norm=True, seed=5)
@@ -114,6 +175,38 @@ def test_named_tensors_are_all_tensors():
     assert all(tensor is _get(FULL, name) for name, tensor in named.items())
 
 
+MIXTURE = replace(FULL, ffn=random_mixture(experts=2, shared=True, post_norm=True))
+
+
+def test_named_tensors_of_a_mixture_are_all_tensors_and_its_norm_once():
+    inner = ("W_in", "W_out", "W_gate", "b_in", "b_gate", "b_out", "b_hidden")
+    wanted = [name for name in NAMES if name.startswith("attention")]
+    wanted += [f"ffn.{norm}.{part}" for norm in ("norm", "post_norm") for part in ("gain", "bias")]
+    wanted += [f"ffn.{part}.{name}" for part in ("experts.0", "experts.1", "shared") for name in inner]
+    wanted += ["ffn.W_router", "ffn.b_router", "ffn.W_shared_gate"]
+    named = dict(MIXTURE.named_tensors())
+    assert sorted(named) == sorted(wanted)
+    assert named["ffn.experts.1.W_in"] is MIXTURE.ffn.experts[1].W_in
+    assert MIXTURE.d_model == 10
+
+
+def test_a_norm_that_only_one_expert_has_is_named():
+    other = replace(MIXTURE.ffn.experts[1], norm=_norm("rms", 10))
+    block = replace(MIXTURE, ffn=replace(MIXTURE.ffn, experts=(MIXTURE.ffn.experts[0], other)))
+    assert {name for name, _ in block.named_tensors()} - {name for name, _ in MIXTURE.named_tensors()} == {
+        "ffn.experts.1.norm.gain",
+        "ffn.experts.1.norm.bias",
+    }
+
+
+def test_a_number_that_is_none_is_found_in_an_expert():
+    bad = replace(MIXTURE.ffn.experts[1], W_out=MIXTURE.ffn.experts[1].W_out.log())
+    block = replace(MIXTURE, ffn=replace(MIXTURE.ffn, experts=(MIXTURE.ffn.experts[0], bad)))
+    MIXTURE.require_finite()
+    with pytest.raises(ValueError, match=r"ffn\.experts\.1\.W_out of block 5 holds \d+ NaN"):
+        block.require_finite()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_number_that_is_none_is_found_in_any_tensor(name, bad):
@@ -138,6 +231,7 @@ def test_blocks_are_read_when_asked_for_and_not_kept():
             return random_block(seed=block)
 
     weights = Counting()
+    assert weights.name == "weights"
     assert not read
     assert [weights[3].block, weights[-4].block, weights[3].block] == [3, 0, 3]
     assert read == [3, 0, 3]

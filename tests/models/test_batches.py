@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_lens.tracing.batches import batches
+from sd_lens.models.batches import batches
 
 
 def numbered(lengths):

@@ -1,0 +1,369 @@
+"""What the linear fit of a feed-forward layer is fitted to: a Gaussian, the paper's or one measured from a model's activations."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd_lens.models import hook_names
+from sd_lens.models.batches import Batch, batches
+from sd_lens.models.loading import weights_of
+from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.running import run_batches
+from sd_lens.models.tokens import Prompts, tokenize
+from sd_lens.models.weights import BlockWeights, MoEWeights, NormWeights
+
+Covariance = Literal["diagonal", "full"]
+_SCHEMA = "sd_lens.gaussian_input/1"
+# A covariance's eigenvalue may be this far below zero, relative to the largest, by rounding alone.
+_NEGATIVE = 1e-4
+
+
+@dataclass(frozen=True)
+class GaussianInput:
+    """A Gaussian that stands for the input of a feed-forward layer, after its norm with gain and bias.
+
+    Attributes:
+        mean: Its mean.
+        cov: Its covariance, or the diagonal of it.
+        n_tokens: How many tokens it was measured on; 0 where it was not measured.
+
+    Raises:
+        ValueError: The covariance has another width than the mean, is not symmetric, or has negative variances; an entry is NaN or
+            infinite.
+
+    Example:
+        >>> GaussianInput(torch.zeros(3), torch.tensor([1.0, 4.0, 9.0]))
+        GaussianInput(d_model=3, diagonal covariance)
+    """
+
+    mean: Float[Tensor, "d_model"]
+    cov: Float[Tensor, "d_model"] | Float[Tensor, "d_model d_model"]
+    n_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        d = self.mean.shape[0]
+        if tuple(self.cov.shape) not in ((d,), (d, d)):
+            raise ValueError(f"cov: got shape {tuple(self.cov.shape)}; allowed: ({d},) or ({d}, {d}), the width of the mean")
+        for name, tensor in (("mean", self.mean), ("cov", self.cov)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name}: got NaN or infinite entries; allowed: finite numbers")
+        variances = self.cov if self.diagonal else self.cov.diagonal()
+        if bool((variances < 0).any()):
+            raise ValueError(f"cov: got a negative variance ({float(variances.min()):.3g}); allowed: variances of at least 0")
+        if not self.diagonal and not torch.allclose(self.cov, self.cov.mT, rtol=1e-4, atol=1e-6 * float(variances.max())):
+            raise ValueError("cov: got a matrix that is not symmetric; allowed: a covariance")
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the variances are known, and all covariances count as zero."""
+        return self.cov.ndim == 1
+
+    @classmethod
+    def measure(
+        cls,
+        model: TransformerLensModel,
+        prompts: Prompts,
+        block: int,
+        *,
+        covariance: Covariance = "full",
+        prepend_bos: bool | None = None,
+        batch_tokens: int = 4096,
+        progress: bool | None = None,
+    ) -> GaussianInput:
+        """Mean and covariance of the input of a block's feed-forward layer over all tokens of prompts.
+
+        One pass over the prompts, which stops at the block; sums are kept in float64, so memory does not grow with the corpus.
+
+        Args:
+            model: A TransformerLens model.
+            prompts: Strings or token ids.
+            block: The block.
+            covariance: ``"full"``, d_model² numbers, or ``"diagonal"``.
+            prepend_bos: Passed to the tokenisation of strings; None is the model's default.
+            batch_tokens: Largest number of tokens run at once.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The Gaussian, float32 (float64 for a float64 model), on the device where the block's stream is.
+
+        Raises:
+            ValueError: The model, a prompt or the block is unusable.
+
+        Example:
+            >>> from sd_lens.models.loading import load
+            >>> GaussianInput.measure(load("tiny"), "The cat sat on the mat.", 2, covariance="diagonal").diagonal
+            True
+        """
+        measured = measure_inputs(
+            model,
+            prompts,
+            [block],
+            covariance=covariance,
+            prepend_bos=prepend_bos,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        return next(iter(measured.values()))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the Gaussian as safetensors."""
+        metadata = {"sd_lens": json.dumps({"schema": _SCHEMA, "n_tokens": self.n_tokens})}
+        save_file({"mean": self.mean.contiguous(), "cov": self.cov.contiguous()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GaussianInput:
+        """Reads what `GaussianInput.save` wrote.
+
+        Raises:
+            ValueError: The file is something else.
+        """
+        with safe_open(os.fspath(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("sd_lens", "{}"))
+            if record.get("schema") != _SCHEMA:
+                raise ValueError(f"path: {path} holds {record.get('schema', 'something else')}; allowed: {_SCHEMA}")
+            return cls(file.get_tensor("mean"), file.get_tensor("cov"), int(record["n_tokens"]))
+
+    def __repr__(self) -> str:
+        kind = "diagonal" if self.diagonal else "full"
+        measured = f", measured on {self.n_tokens} tokens" if self.n_tokens else ""
+        return f"GaussianInput(d_model={self.mean.shape[0]}, {kind} covariance{measured})"
+
+
+Inputs = Literal["unit", "gain"] | GaussianInput
+"""``"unit"``: ``N(0, I)`` at the projections, as in the paper. ``"gain"``: ``N(0, I)`` before the norm's gain and bias."""
+
+
+def resolve(inputs: Inputs, norm: NormWeights | None, like: Tensor, d_model: int) -> GaussianInput:
+    """The Gaussian that ``inputs`` stands for, in the dtype and on the device of a tensor.
+
+    Raises:
+        ValueError: ``inputs`` is not one of the allowed kinds, or has another width than the layer.
+    """
+    if isinstance(inputs, GaussianInput):
+        if inputs.mean.shape[0] != d_model:
+            raise ValueError(f"inputs: got a Gaussian of width {inputs.mean.shape[0]}; allowed: the model's width, {d_model}")
+        return GaussianInput(inputs.mean.to(like), inputs.cov.to(like), inputs.n_tokens)
+    if inputs not in ("unit", "gain"):
+        raise ValueError(f"inputs: got {inputs!r}; allowed: 'unit', 'gain' or a GaussianInput")
+    zeros, ones = like.new_zeros(d_model), like.new_ones(d_model)
+    if inputs == "unit" or norm is None:
+        return GaussianInput(zeros, ones)
+    bias = zeros if norm.bias is None else norm.bias.to(like)
+    return GaussianInput(bias, norm.gain.to(like) ** 2)
+
+
+def root(inputs: GaussianInput) -> Tensor:
+    """A symmetric square root of the covariance, or the standard deviations of a diagonal one.
+
+    Raises:
+        ValueError: The covariance has a negative eigenvalue.
+    """
+    if inputs.diagonal:
+        return inputs.cov.sqrt()
+    values, vectors = torch.linalg.eigh(inputs.cov.double())
+    if float(values.min()) < -_NEGATIVE * float(values.max()):
+        raise ValueError(f"cov: got an eigenvalue of {float(values.min()):.3g}; allowed: a positive semi-definite matrix")
+    return (vectors * values.clamp(min=0).sqrt() @ vectors.mT).to(inputs.cov)
+
+
+def measure_inputs(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    blocks: Sequence[int] | None = None,
+    *,
+    covariance: Covariance = "diagonal",
+    prepend_bos: bool | None = None,
+    batch_tokens: int = 4096,
+    progress: bool | None = None,
+) -> dict[int, GaussianInput]:
+    """`GaussianInput.measure` for several blocks in one pass.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: Strings or token ids.
+        blocks: Which blocks; default: all.
+        covariance: ``"diagonal"``, or ``"full"``: d_model² numbers per block.
+        prepend_bos: Passed to the tokenisation of strings; None is the model's default.
+        batch_tokens: Largest number of tokens run at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One Gaussian per block.
+
+    Raises:
+        ValueError: The model, a prompt or a block is unusable, or an activation is not finite.
+
+    Example:
+        >>> from sd_lens.models.loading import load
+        >>> sorted(measure_inputs(load("tiny"), "The cat sat on the mat.", [0, 2]))
+        [0, 2]
+    """
+    if covariance not in ("diagonal", "full"):
+        raise ValueError(f"covariance: got {covariance!r}; allowed: 'diagonal', 'full'")
+    sums: dict[int, _Moments] = {}
+
+    def add(weights: BlockWeights, x: Tensor) -> None:
+        sums.setdefault(weights.block, _Moments(covariance == "full")).add(x)
+
+    _over_ffn_inputs(
+        model,
+        prompts,
+        blocks,
+        add,
+        prepend_bos=prepend_bos,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+    return {block: moments.result(block) for block, moments in sums.items()}
+
+
+def measure_router(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    blocks: Sequence[int] | None = None,
+    *,
+    prepend_bos: bool | None = None,
+    batch_tokens: int = 4096,
+    progress: bool | None = None,
+) -> dict[int, Float[Tensor, "experts"]]:
+    """Mean weight that the router of a mixture of experts gives each expert, over all tokens of prompts.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: Strings or token ids.
+        blocks: Which blocks; default: all. Dense ones are left out of the result.
+        prepend_bos: Passed to the tokenisation of strings; None is the model's default.
+        batch_tokens: Largest number of tokens run at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One vector per block with experts, for ``linearize(..., router=...)``. An expert that a token is not sent to counts as zero.
+
+    Raises:
+        ValueError: The model, a prompt or a block is unusable.
+
+    Example:
+        >>> from sd_lens.models.loading import load
+        >>> measure_router(load("tiny"), "The cat sat on the mat.")  # a dense model
+        {}
+    """
+    sums: dict[int, tuple[Tensor, int]] = {}
+
+    def add(weights: BlockWeights, x: Tensor) -> None:
+        if isinstance(weights.ffn, MoEWeights):
+            total, n = sums.get(weights.block, (torch.zeros((), dtype=torch.float64, device=x.device), 0))
+            sums[weights.block] = total + weights.ffn.route(x).double().sum(0), n + len(x)
+
+    _over_ffn_inputs(
+        model,
+        prompts,
+        blocks,
+        add,
+        prepend_bos=prepend_bos,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+    return {block: (total / n).float() for block, (total, n) in sums.items()}
+
+
+def by_block(inputs: Inputs | Mapping[int, GaussianInput], block: int) -> Inputs:
+    """The inputs of one block, of one kind for all or of a Gaussian each.
+
+    Raises:
+        ValueError: There is none for the block.
+    """
+    if not isinstance(inputs, Mapping):
+        return inputs
+    if block not in inputs:
+        raise ValueError(f"inputs: got none for block {block}; allowed: a GaussianInput for every block asked for")
+    return inputs[block]
+
+
+class _Moments:
+    """Running mean and covariance: a batch's own, merged into the total's (Chan, Golub, LeVeque 1979, equations 1.5)."""
+
+    def __init__(self, full: bool):
+        self._full = full
+        self._n = 0
+        self._mean = self._scatter = torch.zeros(())
+        self._dtype = torch.float32
+
+    def add(self, x: Tensor) -> None:
+        self._dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x.double()
+        mean = wide.mean(0)
+        centred = wide - mean
+        scatter = centred.mT @ centred if self._full else centred.square().sum(0)
+        if self._n == 0:
+            self._n, self._mean, self._scatter = len(x), mean, scatter
+            return
+        total = self._n + len(x)
+        step = mean - self._mean
+        between = torch.outer(step, step) if self._full else step.square()
+        self._scatter += scatter + between * (self._n * len(x) / total)
+        self._mean = self._mean + step * (len(x) / total)
+        self._n = total
+
+    def result(self, block: int) -> GaussianInput:
+        if not bool(torch.isfinite(self._scatter).all()):
+            raise ValueError(f"model: the FFN's input of block {block} is not finite on these prompts; allowed: finite activations")
+        return GaussianInput(self._mean.to(self._dtype), (self._scatter / self._n).to(self._dtype), self._n)
+
+
+def _over_ffn_inputs(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    blocks: Sequence[int] | None,
+    add: Callable[[BlockWeights, Tensor], None],
+    *,
+    prepend_bos: bool | None,
+    batch_tokens: int,
+    progress: bool | None,
+) -> None:
+    """Hands over, batch by batch, what goes into the feed-forward layers: ``(tokens, d_model)``, padding left out.
+
+    It is computed from the block's input and its attention's output, which every architecture has hook points for; the FFN's own
+    input has none on some.
+    """
+    weights = weights_of(model)
+    found = {block.block: block for block in (weights[index] for index in (range(len(weights)) if blocks is None else blocks))}
+    chosen = list(found.values())
+    if not chosen:
+        raise ValueError("blocks: got none; allowed: at least one block")
+    sequences = tokenize(model, prompts, prepend_bos=prepend_bos)
+    points = [name(block.block) for block in chosen for name in (hook_names.resid_pre, hook_names.attn_out)]
+
+    def on_batch(batch: Batch) -> Callable[[int, Tensor], None]:
+        entering: dict[int, Tensor] = {}
+
+        def receive(point: int, stream: Tensor) -> None:
+            block = chosen[point // 2]
+            if point % 2 == 0:
+                entering[block.block] = stream
+                return
+            resid = entering.pop(block.block)
+            x = block.ffn.input(resid if block.parallel else resid + stream)
+            add(block, x[batch.mask.to(x.device)])
+
+        return receive
+
+    last = max(block.block for block in chosen) + 1
+    run_batches(
+        model,
+        batches(sequences, batch_tokens=batch_tokens),
+        points,
+        on_batch,
+        stop_at=last if last < len(weights) else None,
+        progress=progress,
+        label="inputs",
+    )
