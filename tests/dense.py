@@ -83,7 +83,7 @@ def ffn_matrix(ffn, post_scale: float = 1.0, router: Tensor | None = None) -> Te
     if not hasattr(ffn, "experts"):
         d = ffn.W_out.shape[1]
         return _behind(ffn, d, post_scale) @ ffn.W_out.double().T @ ffn_fit(ffn) @ norm_matrix(ffn.norm, d)
-    router = torch.full((len(ffn.experts),), 1 / len(ffn.experts)) if router is None else router
+    router = torch.full((len(ffn.experts),), 1 / len(ffn.experts), dtype=torch.float64) if router is None else router
     total = sum(float(weight) * ffn_matrix(expert) for weight, expert in zip(router, ffn.experts, strict=True))
     if ffn.shared is not None:  # the mean of its gate is a half: the sigmoid of what is symmetric about zero
         total = total + (1.0 if ffn.W_shared_gate is None else 0.5) * ffn_matrix(ffn.shared)

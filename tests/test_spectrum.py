@@ -77,6 +77,24 @@ def test_a_folder_gives_the_models_table(name, tmp_path):
     assert block_directions(tmp_path, direction).rows == block_directions(load(tmp_path), direction).rows
 
 
+def test_the_shipped_models_table():
+    # The same numbers on every TransformerLens: measured once with each, from the files alone.
+    known = {  # block: sigma1 and gap of the block, angle of its FFN's leading left singular vector to block 2's
+        0: (1.8333, 1.073, 87.27),
+        1: (3.4036, 1.075, 36.42),
+        2: (7.0738, 2.041, 15.62),
+        3: (5.5931, 1.051, 81.44),
+        4: (6.5498, 1.078, 84.61),
+        5: (9.5997, 1.414, 69.72),
+    }
+    table = block_directions("tiny")
+    for block, (sigma1, gap, angle) in known.items():
+        row = table.row(block)
+        assert (row.sigma1, row.gap) == (pytest.approx(sigma1, abs=1e-4), pytest.approx(gap, abs=2e-3))
+        assert table.row(block, "ffn").angle_deg == pytest.approx(angle, abs=0.02)
+    assert table.row(2, "ffn").eigenvalue.real == pytest.approx(2.156, abs=1e-3)
+
+
 HOOKED = [
     name
     for name in ("llama", "qwen2", "gpt2", "gpt_neox_parallel", "gpt_neox_sequential", "opt", "mixtral")

@@ -175,8 +175,8 @@ class Eigenpair:
         vector: The unit eigenvector, complex; real up to rounding where the eigenvalue is.
         angle_deg: Acute angle between the direction asked for and the complex line of the vector, degrees.
         residual: ``‖M x − λ x‖``; compare it with ``|λ|``.
-        converged: Whether the residual is as small as was asked for. Where it is not, no eigenvector is near the direction (in every
-            case measured, none within 75°), and value and vector are not to be relied on.
+        converged: Whether the residual is as small as was asked for. Where it is not, value and vector are not to be relied on; as a
+            rule no eigenvector is near the direction then.
     """
 
     value: complex
@@ -215,7 +215,7 @@ def eigen_nearest(
     Arnoldi's method from the direction: the Krylov space it spans holds a nearby eigenvector after some ten products. Of a
     complex pair the eigenvalue, the vector and the angle to the vector's complex line, ``arccos |⟨x, d⟩|``, are kept whole (Wang et
     al. keep real parts). Where no eigenvector is near, the space grows to ``max_krylov``, and `Eigenpair.converged` tells whether
-    what was found then is an eigenpair; there may be another one hardly farther away. Eigenvalues of zero (1e-5 of the largest) are
+    what was found then is an eigenpair; another one may be hardly farther away. Eigenvalues of zero (1e-5 of the largest) are
     passed over as long as there is another: any vector of a map's null space is an eigenvector, and attention with grouped heads has
     a wide one.
 
@@ -278,7 +278,7 @@ def _arnoldi(linear_map: LinearMap, unit: Tensor, tol: float, size: int) -> Eige
         n = basis.n
         last = n == size or beta <= rounding * (float(torch.linalg.vector_norm(coefficients)) + beta)
         if last or n >= check_at:
-            found = _nearest_ritz(hessenberg[: n + 1, :n].cpu(), tol, last)
+            found = _nearest_ritz(hessenberg[: n + 1, :n].cpu())
             steady = before is not None and abs(found.value - before) <= 1e-3 * found.scale
             near = found.angle_deg < _SURELY_NEAREST or (steady and found.angle_deg < _NEAR)
             if last or (near and found.residual <= tol):
@@ -299,8 +299,8 @@ class _Ritz(NamedTuple):
     scale: float
 
 
-def _nearest_ritz(hessenberg: Tensor, tol: float, last: bool) -> _Ritz:
-    """The Ritz pair nearest the starting vector; when the space grows no more, among those that have converged if any has."""
+def _nearest_ritz(hessenberg: Tensor) -> _Ritz:
+    """The Ritz pair nearest the starting vector, of those whose value is not zero."""
     values, vectors = torch.linalg.eig(hessenberg[:-1])
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
     scale = float(values.abs().max()) + 1e-300
@@ -309,9 +309,7 @@ def _nearest_ritz(hessenberg: Tensor, tol: float, last: bool) -> _Ritz:
     cosine = vectors[0].abs()
     acting = values.abs() > _NULL * scale
     cosine = cosine * acting if bool(acting.any()) else cosine
-    converged = (residuals <= tol) & (cosine > 0)
-    eligible = cosine * converged if last and bool(converged.any()) else cosine
-    index = int(eligible.argmax())
+    index = int(cosine.argmax())
     angle = math.degrees(math.acos(min(1.0, float(cosine[index]))))
     return _Ritz(complex(values[index].item()), vectors[:, index], angle, float(residuals[index]), scale)
 

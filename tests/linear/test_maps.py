@@ -9,7 +9,7 @@ import zoo
 from dense import attention_matrix, block_matrix, ffn_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import blocks, random_block
+from layers import blocks, mixtures, random_block, random_mixture
 from recording import record, relative_error
 
 from sd_lens.linear.inputs import GaussianInput
@@ -71,6 +71,22 @@ def test_products_are_those_of_a_matrix_and_its_transpose(block, seed):
         _close(linear.rmv(y), matrix.T @ y)
         scale = float(matrix.abs().sum() * x.abs().max() * y.abs().max())
         assert abs(float(linear.mv(x) @ y - x @ linear.rmv(y))) < 1e-13 * scale
+
+
+@settings(max_examples=20)
+@given(block=blocks, mixture=mixtures, after=st.booleans(), seed=st.integers(0, 999))
+def test_so_are_those_of_mixtures_and_of_norms_after_the_sublayers(block, mixture, after, seed):
+    ffn = random_mixture(d_model=block.d_model, **mixture)
+    post = replace(ffn.norm, gain=ffn.norm.gain.flip(0)) if after else None
+    block = replace(block, ffn=ffn, attention=replace(block.attention, post_norm=post))
+    linear = linearize(block, post_scales=SCALES if after or ffn.post_norm is not None else None)
+    x, y = _vectors(block.d_model, 2, seed=seed)
+    for part, matrix in _matrices(block, SCALES).items():
+        map_ = _parts(linear)[part]
+        _close(map_.mv(x), matrix @ x)
+        _close(map_.rmv(y), matrix.T @ y)
+        scale = float(matrix.abs().sum() * x.abs().max() * y.abs().max())
+        assert abs(float(map_.mv(x) @ y - x @ map_.rmv(y))) < 1e-13 * scale
 
 
 @settings(max_examples=15)
