@@ -18,15 +18,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
+from benchmarks.memory import PeakMemory
 from benchmarks.models import random_llama, text_windows
 from sd_lens.models import hook_names
 from sd_lens.models.batches import batches
@@ -88,31 +87,6 @@ VARIANTS: dict[str, Callable[[Any, list[torch.Tensor]], None]] = {
 MEMORY_ONLY = {"run_with_cache, kept": cached_kept}
 
 
-class _PeakMemory:
-    """Largest resident memory of this process while the body runs, MiB beyond that at its start."""
-
-    mib = 0.0
-
-    def __enter__(self) -> _PeakMemory:
-        process = psutil.Process()
-        start = peak = process.memory_info().rss
-        self._done = threading.Event()
-
-        def sample() -> None:
-            nonlocal peak
-            while not self._done.wait(0.002):
-                peak = max(peak, process.memory_info().rss)
-            self.mib = (peak - start) / 2**20
-
-        self._thread = threading.Thread(target=sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
 def _measure_memory(model_name: str, variant: str, n_tokens: int) -> float:
     """Peak memory of a variant beyond the loaded model's, MiB, in a process of its own."""
     options = {"--memory-of": variant, "--model": model_name, "--tokens": n_tokens, "--threads": torch.get_num_threads()}
@@ -125,9 +99,9 @@ def _report_memory(model_name: str, variant: str, n_tokens: int) -> None:
     model = MODELS[model_name]()
     windows = _windows(model, n_tokens)
     forward(model, windows[:4])  # what the first forward of a process allocates is nobody's cost
-    with _PeakMemory() as peak:
+    with PeakMemory() as memory:
         (VARIANTS | MEMORY_ONLY)[variant](model, windows)
-    print(peak.mib)
+    print(memory.beyond / 2**20)
 
 
 def _times(model: Any, windows: list[torch.Tensor], rounds: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ Ten lines to begin with::
     model = sd_lens.load("tiny")
     trace = sd_lens.trace_norms(model, ["The cat sat.", "On the mat."])
     defects = sd_lens.find_defects(trace)
-    table = sd_lens.block_directions(model, defects.direction.direction)
+    table = sd_lens.block_directions(model)
 """
 
 from sd_lens.findings import Findings, analyse
@@ -15,12 +15,12 @@ from sd_lens.linear.angles import acute_angle, mean_pairwise_angle
 from sd_lens.linear.directions import BlockDirections, directions_of
 from sd_lens.linear.inputs import GaussianInput, measure_inputs, measure_router
 from sd_lens.linear.linearize import PostScales, linearize
-from sd_lens.linear.maps import BlockMap, LinearMap
+from sd_lens.linear.maps import BlockMap, DenseMap, LinearMap
 from sd_lens.linear.spectra import Eigenpair, SingularTriplets, eigen_nearest, leading_singular
 from sd_lens.models.check import Check, check
 from sd_lens.models.loading import ModelStateWarning, load, weights_of
 from sd_lens.models.planted import Planted, planted
-from sd_lens.models.weights import BlockWeights, ModelWeights
+from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, ModelWeights, MoEWeights, NormWeights
 from sd_lens.reporting import report
 from sd_lens.spectrum import block_directions
 from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
@@ -33,21 +33,26 @@ from sd_lens.tracing.trace import NormTrace
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionWeights",
     "BlockDirections",
     "BlockMap",
     "BlockWeights",
     "Check",
     "DefectDirection",
     "Defects",
+    "DenseMap",
     "Eigenpair",
+    "FFNWeights",
     "Findings",
     "GaussianInput",
     "HighNormToken",
     "LinearMap",
+    "MoEWeights",
     "ModelStateWarning",
     "ModelWeights",
     "NormMonitor",
     "NormTrace",
+    "NormWeights",
     "Planted",
     "PostScales",
     "SingularTriplets",

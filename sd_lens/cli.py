@@ -65,15 +65,19 @@ def _boot(model: str, device: str, dtype: str) -> Any:
 
     from sd_lens.models.loading import load
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if dtype not in dtypes:
-        raise BadInput(f"--dtype: got {dtype!r}; allowed: {', '.join(dtypes)}")
+    _require_dtype(dtype)
     _require_device(device)
     _go_offline_if_needed(model)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return load(model, device=device, dtype=dtypes[dtype])
+    return load(model, device=device, dtype=getattr(torch, dtype))
+
+
+def _require_dtype(dtype: str) -> None:
+    allowed = ("float32", "bfloat16", "float16", "float64")
+    if dtype not in allowed:
+        raise BadInput(f"--dtype: got {dtype!r}; allowed: {', '.join(allowed)}")
 
 
 def _require_device(device: str) -> None:
@@ -96,16 +100,14 @@ def _go_offline_if_needed(model: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
 
 
-def _prompts(text: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts asked for, or the built-in ones."""
+def _prompts(text: list[str] | None, file: Path | None) -> list[str] | None:
+    """The prompts asked for; None for the built-in ones."""
     if text and file:
         raise BadInput("--text, --prompts-file: got both; allowed: one of them")
     if text:
         return text
     if file is None:
-        from sd_lens.spectrum import BUILT_IN_PROMPTS
-
-        return list(BUILT_IN_PROMPTS)
+        return None
     try:
         content = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -177,11 +179,14 @@ def trace(
     """Norm of every token after every block: the high-norm tokens, and the blocks where their norm explodes and decays."""
     from sd_lens.tracing.defects import find_defects
     from sd_lens.tracing.norms import trace_norms
+    from sd_lens.tracing.prompts import default_prompts
 
     _require_writable(out, json_file)
     prompts = _prompts(text, prompts_file)
     loaded = _boot(model, device, dtype)
-    traced = trace_norms(loaded, prompts, min_ratio=min_ratio, batch_tokens=batch_tokens)
+    traced = trace_norms(
+        loaded, default_prompts(loaded) if prompts is None else prompts, min_ratio=min_ratio, batch_tokens=batch_tokens
+    )
     defects = find_defects(traced, min_ratio=min_ratio)
     typer.echo(defects)
     if defects.tokens:
@@ -222,9 +227,9 @@ def spectrum(
         ),
     ] = "unit",
     estimator: Annotated[str, typer.Option(help="'closed_form', or 'sampled', the paper's least squares.")] = "closed_form",
-    samples: Annotated[int, typer.Option(help="Number of samples of the sampled estimator.")] = 100_000,
+    samples: Annotated[int | None, typer.Option(help="Number of samples of the sampled estimator; default: 100000.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Leave out biases and mean subtraction, as the paper does.")] = False,
-    seed: Annotated[int, typer.Option(help="Seeds solvers and samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seeds solvers and samples.", min=0, max=2**63 - 1)] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
@@ -240,20 +245,25 @@ def spectrum(
     ):
         if value not in allowed:
             raise BadInput(f"{option}: got {value!r}; allowed: {', '.join(allowed)}")
-    given = _prompts(text, prompts_file) if text or prompts_file else None
+    given = _prompts(text, prompts_file)
+    _require_dtype(dtype)
+    if samples is not None and estimator != "sampled":
+        raise BadInput(f"--samples: got {samples} with --estimator {estimator}; allowed: with --estimator sampled")
     if reference == "weights" and (given or inputs == "measured"):
         raise BadInput(
             "--reference: got 'weights' with prompts or measured inputs; allowed: 'auto' or 'measured', as they need the model"
         )
     measured = reference == "measured" or given is not None or inputs == "measured" or (reference == "auto" and _is_small(model))
     source = _boot(model, device, dtype) if measured else _weights(model, device)
-    options: Any = {"inputs": inputs, "estimator": estimator, "samples": samples, "paper": paper, "seed": seed, "device": device}
+    options: Any = {"inputs": inputs, "estimator": estimator, "paper": paper, "seed": seed, "device": device}
+    if samples is not None:
+        options["samples"] = samples
     table = block_directions(source, blocks=chosen, prompts=given, **options)
     typer.echo(table)
     typer.echo(table.sentence())
-    typer.echo(
-        table.to_dataframe().to_string(index=False, na_rep="", float_format="%.4g", formatters={"eigenvalue": "{:.4g}".format})
-    )
+    if measured and table.reference_source != "measured":
+        typer.echo("(no token of the prompts has a high norm: there is no measured direction)")
+    typer.echo(_aligned(table.to_dataframe()))
     for note in table.notes:
         typer.echo(f"({note})")
     if json_file is not None:
@@ -264,6 +274,12 @@ def spectrum(
         from sd_lens.display.report import render_spectrum, write_page
 
         write_page(render_spectrum(table), out)
+
+
+def _aligned(frame: Any) -> str:
+    """The table of a spectrum in columns."""
+    frame = frame.dropna(axis="columns", how="all").round({"angle_deg": 2, "eigenvector_angle_deg": 2})
+    return frame.to_string(index=False, na_rep="", float_format="%.4g", formatters={"eigenvalue": "{:.4g}".format})
 
 
 def _blocks(text: str | None) -> list[int] | None:

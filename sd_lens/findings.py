@@ -13,10 +13,11 @@ from sd_lens.models.check import Check, check
 from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
-from sd_lens.spectrum import BUILT_IN_PROMPTS, entering_norms
+from sd_lens.spectrum import entering_norms
 from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.prompts import default_prompts
 from sd_lens.tracing.trace import MIN_RATIO
 
 
@@ -48,7 +49,7 @@ class Findings:
 
 def analyse(
     model: TransformerLensModel,
-    prompts: Prompts = BUILT_IN_PROMPTS,
+    prompts: Prompts | None = None,
     *,
     prepend_bos: bool | None = None,
     min_ratio: float = MIN_RATIO,
@@ -59,7 +60,8 @@ def analyse(
 
     Args:
         model: A TransformerLens model.
-        prompts: Strings or token ids; default: a few built-in ones.
+        prompts: Strings or token ids; default: built-in texts, or random token ids for a model
+            without a tokenizer.
         prepend_bos: Passed to the tokenisation of strings; None is the model's default.
         min_ratio: Least norm of a high-norm token, as a multiple of the other tokens' median.
         batch_tokens: Largest number of tokens run at once.
@@ -79,6 +81,7 @@ def analyse(
     checked = check(model)
     if any(row.check == "causality" and row.passed is False for row in checked.rows):
         raise ValueError("model: its tokens change those before them; allowed: causal decoders")
+    prompts = default_prompts(model, prepend_bos=prepend_bos) if prompts is None else prompts
     trace = trace_norms(model, prompts, prepend_bos=prepend_bos, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress)
     defects = find_defects(trace, min_ratio=min_ratio)
     directions, reason = None, ""

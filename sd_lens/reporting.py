@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sd_lens.findings import BUILT_IN_PROMPTS, Findings, analyse
+from sd_lens.findings import Findings, analyse
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 
 
 def report(
     model: TransformerLensModel,
-    prompts: Prompts = BUILT_IN_PROMPTS,
+    prompts: Prompts | None = None,
     out: str | os.PathLike[str] = "sd-lens-report.html",
     *,
     json: str | os.PathLike[str] | None = None,
@@ -22,7 +22,7 @@ def report(
 
     Args:
         model: A TransformerLens model.
-        prompts: Strings or token ids; default: a few built-in ones.
+        prompts: Strings or token ids; default: built-in texts.
         out: Where to write the page (HTML).
         json: Where to write the machine-readable result; None for nowhere.
         **options: Passed on to `sd_lens.analyse` (``prepend_bos``, ``min_ratio``, ``batch_tokens``, ``progress``).

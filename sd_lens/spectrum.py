@@ -11,25 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sd_lens.linear.directions import BlockDirections, directions_of
+from sd_lens.linear.directions import BlockDirections, directions_of, require_options
 from sd_lens.linear.inputs import GaussianInput, Inputs, measure_inputs, measure_router
-from sd_lens.linear.linearize import Estimator
+from sd_lens.linear.linearize import Estimator, PostScales
 from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.models.weights import ModelWeights
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.norms import trace_norms
-
-BUILT_IN_PROMPTS = (
-    "The quick brown fox jumps over the lazy dog. It was not the first time, and it would not be the last.",
-    "Return a new list containing all items from the iterable in ascending order.\n\nA custom key function can be supplied.",
-    "In 1969, two people walked on the Moon; a third waited in orbit. They came back with 21.5 kg of rock.",
-    'def area(width, height):\n    """Area of a rectangle."""\n    return width * height\n',
-    "Once upon a time there was a small boat. Every morning it went out to sea, and every evening it came home.",
-    "Water boils at a lower temperature in the mountains, because the air pressure is lower there. How much lower?",
-)
-"""What is traced where the caller gives no prompts: prose, numbers and code, with delimiters of all kinds."""
+from sd_lens.tracing.prompts import default_prompts
 
 
 def block_directions(
@@ -44,6 +35,7 @@ def block_directions(
     estimator: Estimator = "closed_form",
     samples: int = 100_000,
     paper: bool = False,
+    post_scales: Mapping[int, PostScales] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -57,13 +49,15 @@ def block_directions(
             token of it has a high norm, the leading left singular vector of the block whose largest singular value stands out most.
         prompts: What to measure on; default: built-in texts, or random token ids for a model without a tokenizer.
         blocks: Which blocks; default: all.
-        norms: Norm of the high-norm tokens entering a block, for `BlockDirection.balance`; default: measured where ``direction`` is.
+        norms: Norm of the high-norm tokens entering a block, for `BlockDirection.balance`; default: measured where ``direction`` is, or
+            where ``prompts`` are given.
         inputs: What FFNs are fitted to, see `sd_lens.linearize`; ``"measured"`` measures the mean and variances of every block's
             FFN input, and the mean weights of experts, on ``prompts``.
         router: Mean weights of each block's experts; default: uniform.
         estimator: ``"closed_form"``, or ``"sampled"``, the paper's least squares.
         samples: Number of samples of the sampled estimator.
         paper: Whether to leave out biases and mean subtraction, as the paper does.
+        post_scales: What the norms after each block's sublayers divide by, see `sd_lens.linearize`.
         device: Where to compute; default: where the weights are.
         seed: Seeds the singular solver and the samples.
         progress: Whether to show progress bars; None shows them on a terminal or in a notebook once the work takes seconds.
@@ -82,21 +76,33 @@ def block_directions(
         >>> round(table.row(truth.decay_block).eigenvalue.real)
         -60
     """
-    weights = model if isinstance(model, ModelWeights) else weights_of(model)
     weights_only = isinstance(model, ModelWeights | str | os.PathLike)
     live: Any = model
     if weights_only and (prompts is not None or inputs == "measured"):
         raise ValueError(
             "model: got weights only, which cannot be measured; allowed: a TransformerLens model, or no prompts and no measured inputs"
         )
+    weights = model if isinstance(model, ModelWeights) else weights_of(model)
+    require_options(
+        weights,
+        direction,
+        blocks,
+        norms=norms,
+        inputs="unit" if inputs == "measured" else inputs,
+        router=router,
+        post_scales=post_scales,
+        estimator=estimator,
+        samples=samples,
+    )
     source = None
-    if not weights_only and direction is None:
+    if not weights_only and (direction is None or prompts is not None):
         reference = measure_reference(live, prompts, progress=progress)
         if reference is not None:
-            direction, source = reference.direction, "measured"
             norms = reference.norms if norms is None else norms
+            if direction is None:
+                direction, source = reference.direction, "measured"
     if inputs == "measured":
-        text = _prompts_for(live) if prompts is None else prompts
+        text = default_prompts(live) if prompts is None else prompts
         fitted_to: Inputs | Mapping[int, GaussianInput] = measure_inputs(live, text, blocks, progress=progress)
         router = measure_router(live, text, blocks, progress=progress) if router is None else router
     else:
@@ -111,6 +117,7 @@ def block_directions(
         estimator=estimator,
         samples=samples,
         paper=paper,
+        post_scales=post_scales,
         device=device,
         seed=seed,
         progress=progress,
@@ -147,7 +154,7 @@ def measure_reference(
     Raises:
         ValueError: The model or a prompt is unusable.
     """
-    trace = trace_norms(model, _prompts_for(model) if prompts is None else prompts, progress=progress)
+    trace = trace_norms(model, default_prompts(model) if prompts is None else prompts, progress=progress)
     if trace.direction is None:
         return None
     return Reference(trace.direction.direction, entering_norms(find_defects(trace)))
@@ -158,10 +165,3 @@ def entering_norms(defects: Defects) -> dict[int, float]:
     trace = defects.trace
     high = trace.high_norm(defects.min_ratio).any(0)
     return {b: float(trace.norms[b, high].mean()) for b in range(trace.n_blocks)} if bool(high.any()) else {}
-
-
-def _prompts_for(model: Any) -> Prompts:
-    if getattr(model, "tokenizer", None) is not None:
-        return list(BUILT_IN_PROMPTS)
-    length = min(32, int(model.cfg.n_ctx))
-    return torch.randint(int(model.cfg.d_vocab), (4, length), generator=torch.Generator().manual_seed(0))

@@ -100,8 +100,9 @@ def test_spectrum_from_weights_alone(run, tmp_path):
     assert record["n_blocks"] == 6
     assert record["reference"].startswith("block ")
     assert record["notes"] == [
-        "FFNs fitted to N(0, I) before the norm's gain and bias",
+        "FFN fitted to N(0, I) before the gain and bias of the norm",
         "biases and mean subtraction left out, as in the paper",
+        "the reference is of the most singular of the blocks chosen (2, 5)",
     ]
     assert all(f"({note})" in out for note in record["notes"])
 
@@ -112,7 +113,7 @@ def test_spectrum_sampled_and_measured(run, tmp_path):
     )
     assert code == 0
     assert "FFN fit: sampled (5000 samples, seed 0)" in out
-    assert "FFNs fitted to given Gaussians" in out
+    assert "FFN fitted to a Gaussian with diagonal covariance, measured on " in out
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,9 @@ def test_spectrum_sampled_and_measured(run, tmp_path):
         (("--reference", "given"), "--reference: got 'given'; allowed: auto, measured, weights"),
         (("--reference", "weights", "--text", "a"), "--reference: got 'weights' with prompts"),
         (("--estimator", "sampled", "--samples", "10"), "samples: got 10; allowed: at least 2 * d_model = 256"),
+        (("--samples", "5000"), "--samples: got 5000 with --estimator closed_form; allowed: with --estimator sampled"),
+        (("--reference", "weights", "--dtype", "bananas"), "--dtype: got 'bananas'"),
+        (("--seed", "99999999999999999999"), "seed"),
         (("--reference", "weights", "--device", "nowhere"), "--device: got 'nowhere'"),
     ],
 )

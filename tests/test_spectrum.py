@@ -10,7 +10,9 @@ import sd_lens
 from sd_lens.linear.directions import directions_of
 from sd_lens.linear.inputs import measure_inputs, measure_router
 from sd_lens.models.loading import load, weights_of
+from sd_lens.models.planted import planted
 from sd_lens.spectrum import block_directions, measure_reference
+from sd_lens.tracing.prompts import BUILT_IN_PROMPTS, default_prompts
 
 
 def _assert_same(one, other, rel=1e-5):
@@ -50,9 +52,42 @@ def test_the_shipped_model_needs_no_prompts():
     )
 
 
-def test_a_model_without_a_tokenizer_is_measured_on_random_tokens(planted_model):
-    if planted_model.pathway == "head":
-        assert block_directions(planted_model.model, blocks=[1]).reference_source == "measured"
+def test_a_model_without_a_tokenizer_is_measured_on_random_tokens():
+    for architecture in ("llama", "gpt2"):
+        assert block_directions(planted(architecture).model, blocks=[1]).reference_source == "measured"
+
+
+def test_built_in_prompts_are_cut_to_a_short_context(tmp_path):
+    save_folder("llama", tmp_path)
+    model = load(tmp_path)
+    prompts = default_prompts(model)
+    assert max(len(prompt) for prompt in prompts) == zoo.CONTEXT
+    assert len(prompts) == len(BUILT_IN_PROMPTS)
+    assert block_directions(model, blocks=[0]).reference_source == "block 0"
+
+
+def test_norms_are_measured_where_prompts_are_given_with_a_direction(planted_model):
+    prompts = torch.arange(30).reshape(3, 10)
+    if planted_model.trigger_token is not None:
+        prompts[:, 4] = planted_model.trigger_token
+    decay = planted_model.decay_block
+    options = {"blocks": [decay]}
+    given = block_directions(planted_model.model, planted_model.direction, prompts=prompts, **options)
+    assert given.reference_source == "given"
+    assert given.row(decay).balance == pytest.approx(given.row(decay).eigenvalue.real * 8 / planted_model.norm, rel=0.02)
+    assert block_directions(planted_model.model, planted_model.direction, **options).row(decay).balance is None
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    "options",
+    [{"blocks": [9]}, {"inputs": "data"}, {"estimator": "x"}, {"direction": torch.ones(3)}, {"estimator": "sampled", "samples": 3}],
+    ids=str,
+)
+def test_bad_options_are_refused_before_anything_is_run(options, monkeypatch):
+    monkeypatch.setattr("sd_lens.spectrum.measure_reference", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match=f"^{next(reversed(options))}: got"):
+        block_directions(zoo.cached("llama"), prompts=zoo.tokens(zoo.cached("llama")), **options)
 
 
 def test_without_high_norm_tokens_it_is_the_most_singular_block():
@@ -139,7 +174,7 @@ def test_measured_inputs_and_router_weights():
     )
     assert table.rows == by_hand.rows
     assert table.rows != block_directions(model, direction, blocks=[2, 0]).rows
-    assert table.notes[0] == "FFNs fitted to given Gaussians"
+    assert table.notes[0] == "FFN fitted to a Gaussian with diagonal covariance, measured on 24 tokens"
 
 
 @pytest.mark.parametrize(

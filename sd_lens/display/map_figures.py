@@ -5,7 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from sd_lens.display.style import INK, PART_COLOURS, PART_NAMES, block_axis, frame, shade_blocks
-from sd_lens.linear.directions import NEAR, PARTS, BlockDirection, BlockDirections
+from sd_lens.linear.directions import BlockDirections
+from sd_lens.linear.parts import NEAR, PARTS, BlockDirection
 from sd_lens.tracing.defects import Defects
 
 _SYMBOLS = {"attention": "circle", "ffn": "square", "block": "diamond"}

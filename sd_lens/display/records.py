@@ -11,7 +11,8 @@ from typing import Any
 
 from sd_lens.display.files import write_text
 from sd_lens.findings import Findings
-from sd_lens.linear.directions import BlockDirection, BlockDirections
+from sd_lens.linear.directions import BlockDirections
+from sd_lens.linear.parts import BlockDirection
 from sd_lens.models.check import Check
 from sd_lens.tracing.attribution import SublayerAttribution
 from sd_lens.tracing.defects import Defects

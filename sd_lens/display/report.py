@@ -54,14 +54,13 @@ def render_spectrum(directions: BlockDirections) -> str:
         ("angles to", directions.reference_name),
         ("sd_lens", version()),
     ]
-    first, _, second = directions.sentence().partition(". ")
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             model=directions.model_name,
             found=True,
-            sentences=(first.rstrip(".") + ".", second),
+            sentences=directions.sentences(),
             facts=facts,
             sections=[
                 Section("maps", "Linear maps", linear_maps(directions)),

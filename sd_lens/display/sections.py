@@ -17,7 +17,8 @@ from sd_lens.display.fragments import environment, figure, joined, paragraph, su
 from sd_lens.display.labels import visible
 from sd_lens.display.tokens import colored_tokens, peak_block
 from sd_lens.findings import Findings
-from sd_lens.linear.directions import PARTS, BlockDirections
+from sd_lens.linear.directions import BlockDirections
+from sd_lens.linear.parts import PARTS
 from sd_lens.tracing.defects import Defects
 from sd_lens.tracing.trace import NormTrace
 
@@ -165,7 +166,9 @@ def linear_maps(directions: BlockDirections, defects: Defects | None = None) -> 
         figure(eigenvalues(directions, defects), "eigenvalues"),
     ]
     if not frame.converged.all():
-        pieces.append(paragraph("Where no eigenvalue is given, none was found whose eigenvector is near the direction."))
+        pieces.append(
+            paragraph("Where no eigenvalue is given, none was resolved: as a rule, because no eigenvector is near the direction.")
+        )
     pieces.append(table(frame, columns, digits=3, formats={"angle_deg": ".1f", "eigenvector_angle_deg": ".1f"}))
     if directions.notes:
         pieces.append(paragraph(f"{'; '.join(directions.notes)}."))

@@ -16,54 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sd_lens.linear.angles import acute_angle
-from sd_lens.linear.inputs import GaussianInput, Inputs, by_block
-from sd_lens.linear.linearize import Estimator, linearize
-from sd_lens.linear.maps import BlockMap, IdentityPlus, LinearMap
-from sd_lens.linear.spectra import eigen_nearest, leading_singular
+from sd_lens.linear.inputs import GaussianInput, Inputs, by_block, require_inputs
+from sd_lens.linear.linearize import Estimator, PostScales, linearize, require_estimator
+from sd_lens.linear.maps import BlockMap
+from sd_lens.linear.parts import NEAR, PARTS, BlockDirection, Singular, direction_row, singular_side
 from sd_lens.models.weights import ModelWeights
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-PARTS = ("attention", "ffn", "block")
-NEAR = 30.0
-"""An eigenvector within so many degrees of a direction speaks about it."""
-
-
-@dataclass(frozen=True)
-class BlockDirection:
-    """One part of one block.
-
-    Attributes:
-        block: The block.
-        part: ``"attention"`` (``I + A``), ``"ffn"`` (``I + F``) or ``"block"`` (``L``).
-        sigma1: Largest singular value.
-        sigma2: Second largest, to within 1 %, usually 0.1 %.
-        angle_deg: Angle of the leading left singular vector to the reference direction, degrees.
-        eigenvalue: Of the part without the identity (``A``, ``F``, ``R = L − I``): of the eigenvector nearest the reference.
-        eigenvector_angle_deg: Angle of that eigenvector to the reference.
-        residual: ``‖Mx − λx‖`` of that eigenpair.
-        converged: Whether the residual is small. Where it is not, no eigenvector is near the reference, and the eigenpair means nothing.
-        balance: ``Re λ·√d / ‖x‖`` for the measured norm of high-norm tokens entering the block: −1 where it cancels them. None
-            where no norm was measured.
-    """
-
-    block: int
-    part: str
-    sigma1: float
-    sigma2: float
-    angle_deg: float
-    eigenvalue: complex
-    eigenvector_angle_deg: float
-    residual: float
-    converged: bool
-    balance: float | None
-
-    @property
-    def gap(self) -> float:
-        """``σ1 / σ2``: how far the leading direction stands out. Infinite for a map of rank one."""
-        return self.sigma1 / self.sigma2 if self.sigma2 > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -115,7 +75,11 @@ class BlockDirections:
         return f"the leading left singular vector of {self.reference_source}"
 
     def sentence(self) -> str:
-        """What the table shows, in one or two sentences."""
+        """What the table shows, in two sentences."""
+        return " ".join(self.sentences())
+
+    def sentences(self) -> tuple[str, str]:
+        """The same, one by one: what stands out, and which block subtracts the direction."""
         blocks = [row for row in self.rows if row.part == "block"]
         loud = max(blocks, key=lambda row: row.gap)
         text = (
@@ -125,10 +89,10 @@ class BlockDirections:
             text += f"; its left vector is {loud.angle_deg:.1f}° from {self.reference_name}"
         near = [row for row in blocks if row.converged and row.eigenvector_angle_deg <= NEAR and row.eigenvalue.real < 0]
         if not near:
-            return f"{text}. No block has a negative eigenvalue within {NEAR:g}° of {self.reference_name}."
+            return f"{text}.", f"No negative eigenvalue was found with an eigenvector within {NEAR:g}° of {self.reference_name}."
         low = min(near, key=lambda row: row.eigenvalue.real)
         angle = f"{low.eigenvector_angle_deg:.1f}° from {self.reference_name}"
-        return f"{text}. The most negative eigenvalue, {low.eigenvalue.real:.3g}, is block {low.block}'s, its vector {angle}."
+        return f"{text}.", f"The most negative eigenvalue, {low.eigenvalue.real:.3g}, is block {low.block}'s, its vector {angle}."
 
     def __repr__(self) -> str:
         nearest = min((row for row in self.rows if row.part == "block"), key=lambda row: row.angle_deg)
@@ -149,6 +113,7 @@ def directions_of(
     estimator: Estimator = "closed_form",
     samples: int = 100_000,
     paper: bool = False,
+    post_scales: Mapping[int, PostScales] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -166,6 +131,7 @@ def directions_of(
         estimator: ``"closed_form"`` or ``"sampled"``.
         samples: Number of samples of the sampled estimator.
         paper: Whether to leave out biases and mean subtraction, as the paper does.
+        post_scales: What the norms after each block's sublayers divide by, see `sd_lens.linearize`.
         device: Where to compute; default: where the weights are.
         seed: Seeds the singular solver and the samples.
         progress: Whether to show a progress bar; None shows one on a terminal or in a notebook once the work takes seconds.
@@ -182,16 +148,18 @@ def directions_of(
         >>> table.reference_source, table.row(2, "ffn").gap > 3
         ('block 2', True)
     """
-    n = len(weights)
-    chosen = list(range(n)) if blocks is None else list(blocks)
-    if not chosen:
-        raise ValueError("blocks: got none; allowed: at least one block")
-    for block in chosen:
-        if not -n <= block < n:
-            raise ValueError(f"blocks: got {block}; allowed: 0 to {n - 1} (or negative, from the end)")
-    chosen = list(dict.fromkeys(block % n for block in chosen))
-    if direction is not None:
-        direction = _unit(direction, weights.d_model)
+    chosen = require_options(
+        weights,
+        direction,
+        blocks,
+        norms=norms,
+        inputs=inputs,
+        router=router,
+        post_scales=post_scales,
+        estimator=estimator,
+        samples=samples,
+    )
+    reference = None if direction is None else unit_direction(direction, weights.d_model)
     hidden = None if progress is None else not progress
     notes: dict[str, list[int]] = {}
 
@@ -209,6 +177,7 @@ def directions_of(
             seed=seed,
             paper=paper,
             router=None if router is None else router.get(block),
+            post_scales=None if post_scales is None else post_scales.get(block),
             device=device,
         )
         for note in block_map.notes:
@@ -216,20 +185,23 @@ def directions_of(
         return block_map
 
     rows: list[BlockDirection] = []
-    found: list[_Singular] = []
+    found: list[Singular] = []
 
     def singular(block_map: BlockMap) -> None:
-        found.extend(_singular(block_map, part, seed) for part in PARTS)
+        found.extend(singular_side(block_map, part, seed) for part in PARTS)
 
     def eigen(block_map: BlockMap) -> None:
-        rows.extend(_row(block_map, part, reference, norms) for part in found if part.block == block_map.block_index)
+        block = block_map.block_index
+        norm = None if norms is None else norms.get(block)
+        assert reference is not None
+        rows.extend(direction_row(block_map, part, reference, norm) for part in found if part.block == block)
 
     def both(block_map: BlockMap) -> None:
         singular(block_map)
         eigen(block_map)
 
-    if direction is not None:
-        reference, source = direction, "given"
+    source = "given"
+    if reference is not None:
         each("spectra", both)
     else:
         each("singular directions", singular)
@@ -237,82 +209,67 @@ def directions_of(
         reference, source = best.u, f"block {best.block}"
         notes.clear()
         each("eigenvalues", eigen)
+        if len(chosen) < len(weights):
+            notes[f"the reference is of the most singular of the blocks chosen ({_listed(chosen)})"] = chosen
     said = tuple(note if len(where) == len(chosen) else f"{note} (blocks {_listed(where)})" for note, where in notes.items())
-    said = (_inputs_note(inputs), *said)
-    return BlockDirections(weights.name, _unit(reference, weights.d_model).float().cpu(), source, tuple(rows), said, n)
+    return BlockDirections(weights.name, reference.float().cpu(), source, tuple(rows), said, len(weights))
 
 
-def _unit(direction: Tensor, d_model: int) -> Tensor:
-    if tuple(direction.shape) != (d_model,):
-        raise ValueError(f"direction: got shape {tuple(direction.shape)}; allowed: ({d_model},), the model's width")
+def require_options(
+    weights: ModelWeights,
+    direction: Tensor | None,
+    blocks: Sequence[int] | None,
+    *,
+    norms: Mapping[int, float] | None,
+    inputs: Inputs | Mapping[int, GaussianInput],
+    router: Mapping[int, Tensor] | None,
+    post_scales: Mapping[int, PostScales] | None,
+    estimator: str,
+    samples: int,
+) -> list[int]:
+    """The blocks asked for, once all options of `directions_of` have been found good: before any work.
+
+    Raises:
+        ValueError: One is not.
+    """
+    n = len(weights)
+    if blocks is not None and not isinstance(blocks, Sequence):
+        raise ValueError(f"blocks: got {blocks!r}; allowed: a list of blocks")
+    chosen = list(range(n)) if blocks is None else list(blocks)
+    if not chosen:
+        raise ValueError("blocks: got none; allowed: at least one block")
+    for block in chosen:
+        if not isinstance(block, int) or not -n <= block < n:
+            raise ValueError(f"blocks: got {block}; allowed: 0 to {n - 1} (or negative, from the end)")
+    chosen = list(dict.fromkeys(block % n for block in chosen))
+    if direction is not None:
+        unit_direction(direction, weights.d_model)
+    for block in chosen:
+        require_inputs(by_block(inputs, block), weights.d_model)
+    for name, given in (("norms", norms), ("router", router), ("post_scales", post_scales)):
+        strangers = [] if given is None else [block for block in given if not 0 <= block < n]
+        if strangers:
+            raise ValueError(f"{name}: got block {strangers[0]}; allowed: 0 to {n - 1}")
+    if norms is not None and not all(norm > 0 for norm in norms.values()):
+        raise ValueError(f"norms: got {min(norms.values())}; allowed: positive numbers")
+    require_estimator(estimator, samples, weights.d_model)
+    return chosen
+
+
+def unit_direction(direction: Tensor, d_model: int) -> Float[Tensor, "d_model"]:
+    """A direction as a float64 unit vector.
+
+    Raises:
+        ValueError: It has another width, or is zero or not finite.
+    """
+    if not isinstance(direction, Tensor) or tuple(direction.shape) != (d_model,):
+        got = f"shape {tuple(direction.shape)}" if isinstance(direction, Tensor) else type(direction).__name__
+        raise ValueError(f"direction: got {got}; allowed: a tensor of shape ({d_model},), the model's width")
     norm = direction.double().norm()
     if not bool(torch.isfinite(norm)) or not float(norm) > 0:
         raise ValueError("direction: got a zero or non-finite vector; allowed: a vector with a direction")
     return direction.double() / norm
 
 
-def _inputs_note(inputs: Inputs | Mapping[int, GaussianInput]) -> str:
-    if isinstance(inputs, str):
-        where = "at the projections" if inputs == "unit" else "before the norm's gain and bias"
-        return f"FFNs fitted to N(0, I) {where}"
-    return "FFNs fitted to given Gaussians" if isinstance(inputs, Mapping) else f"FFNs fitted to {inputs!r}"
-
-
 def _listed(blocks: Sequence[int]) -> str:
     return ", ".join(map(str, blocks))
-
-
-@dataclass(frozen=True)
-class _Singular:
-    """The singular side of one part of one block: known before there is a reference."""
-
-    block: int
-    part: str
-    sigma1: float
-    sigma2: float
-    u: Tensor
-
-    @property
-    def gap(self) -> float:
-        return self.sigma1 / self.sigma2 if self.sigma2 > 0 else float("inf")
-
-
-# The second singular value is there to be compared with the first: its vectors are not used.
-_TOLERANCES = (1e-6, 1e-2)
-# Eigenvectors near the reference are found within some ten products. Where the nearest candidate is far after so many, more products
-# would be spent on a block that has none; where it is not, they are.
-_KRYLOV, _LARGER_KRYLOV = 24, 96
-_FAR = 65.0
-# Of maps up to this width the whole space costs little.
-_NARROW = 512
-
-
-def _update(block_map: BlockMap, part: str) -> LinearMap:
-    return {"attention": block_map.attention, "ffn": block_map.ffn, "block": block_map.update}[part]
-
-
-def _singular(block_map: BlockMap, part: str, seed: int) -> _Singular:
-    k = min(2, block_map.d_model)
-    triplets = leading_singular(IdentityPlus(_update(block_map, part)), k, tol=_TOLERANCES[:k], seed=seed)
-    sigma2 = float(triplets.s[1]) if k > 1 else 0.0
-    return _Singular(block_map.block_index, part, float(triplets.s[0]), sigma2, triplets.u[:, 0])
-
-
-def _row(block_map: BlockMap, singular: _Singular, direction: Tensor, norms: Mapping[int, float] | None) -> BlockDirection:
-    update = _update(block_map, singular.part)
-    pair = eigen_nearest(update, direction, max_krylov=_KRYLOV if update.d_model > _NARROW else update.d_model)
-    if not pair.converged and pair.angle_deg < _FAR:
-        pair = eigen_nearest(update, direction, max_krylov=_LARGER_KRYLOV)
-    norm = None if norms is None else norms.get(singular.block)
-    return BlockDirection(
-        block=singular.block,
-        part=singular.part,
-        sigma1=singular.sigma1,
-        sigma2=singular.sigma2,
-        angle_deg=float(acute_angle(singular.u, direction.to(singular.u.device))),
-        eigenvalue=pair.value,
-        eigenvector_angle_deg=pair.angle_deg,
-        residual=pair.residual,
-        converged=pair.converged,
-        balance=None if norm is None else pair.balance(norm),
-    )

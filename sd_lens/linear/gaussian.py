@@ -91,7 +91,7 @@ class ClosedFormFit(FFNFit):
 
 
 # Numbers multiplied at once where neurons' weights are compared: what fits into a processor's cache.
-_AT_ONCE = 2**17
+_AT_ONCE = 2**16
 
 
 class _Spread:
@@ -104,22 +104,25 @@ class _Spread:
 
     def covariance(self, a: Tensor, b: Tensor) -> Tensor:
         """One number per column of two matrices, float64."""
-        step = max(1, _AT_ONCE // a.shape[0]) if self._diagonal else max(1, 2 * a.shape[0])
-        parts = [self._chunk(a[:, i : i + step], b[:, i : i + step]) for i in range(0, a.shape[1], step)]
-        return torch.cat(parts).double()
+        if not self._diagonal:
+            chunks = zip(a.split(a.shape[0], dim=1), b.split(a.shape[0], dim=1), strict=True)
+            return torch.cat([(left * (self._cov @ right)).sum(0) for left, right in chunks]).double()
+        columns = max(1, _AT_ONCE // a.shape[0])
+        # One buffer, laid out as the weights are: asking the system for memory for every chunk takes as long as the products.
+        buffer = a.new_empty(columns, a.shape[0]).mT if a.stride(0) == 1 else a.new_empty(a.shape[0], columns)
+        result = a.new_empty(a.shape[1])
+        for left, right, out in zip(a.split(columns, dim=1), b.split(columns, dim=1), result.split(columns), strict=True):
+            product = torch.mul(left, right, out=buffer[:, : left.shape[1]])
+            if not self._unit:
+                product.mul_(self._cov.unsqueeze(-1))
+            torch.sum(product, dim=0, out=out)
+        return result.double()
 
     def variance(self, a: Tensor) -> Tensor:
         """One number per column, float64."""
         if self._unit and a.stride(0) == 1:  # as long as a pass over memory takes; along the other axis it would be 30 times that
             return torch.linalg.vector_norm(a, dim=0).double().square()
         return self.covariance(a, a)
-
-    def _chunk(self, a: Tensor, b: Tensor) -> Tensor:
-        if self._unit:
-            return (a * b).sum(0)
-        if self._diagonal:
-            return (a * self._cov.unsqueeze(-1) * b).sum(0)
-        return (a * (self._cov @ b)).sum(0)
 
 
 def fit_ffn(ffn: FFNWeights, *, inputs: Inputs = "unit") -> ClosedFormFit:

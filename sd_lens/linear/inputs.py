@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +28,7 @@ _SCHEMA = "sd_lens.gaussian_input/1"
 _NEGATIVE = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianInput:
     """A Gaussian that stands for the input of a feed-forward layer, after its norm with gain and bias.
 
@@ -51,6 +51,11 @@ class GaussianInput:
     n_tokens: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("cov", self.cov)):
+            if not isinstance(value, Tensor) or value.ndim == 0 or not value.is_floating_point():
+                raise ValueError(
+                    f"{name}: got {type(value).__name__}; allowed: a tensor of floating-point numbers with at least one axis"
+                )
         d = self.mean.shape[0]
         if tuple(self.cov.shape) not in ((d,), (d, d)):
             raise ValueError(f"cov: got shape {tuple(self.cov.shape)}; allowed: ({d},) or ({d}, {d}), the width of the mean")
@@ -62,6 +67,12 @@ class GaussianInput:
             raise ValueError(f"cov: got a negative variance ({float(variances.min()):.3g}); allowed: variances of at least 0")
         if not self.diagonal and not torch.allclose(self.cov, self.cov.mT, rtol=1e-4, atol=1e-6 * float(variances.max())):
             raise ValueError("cov: got a matrix that is not symmetric; allowed: a covariance")
+        if not self.diagonal and self.n_tokens == 0:  # a measured one is a sum of squares
+            shifted = self.cov.double() + _NEGATIVE * float(variances.max()) * torch.eye(
+                d, dtype=torch.float64, device=self.cov.device
+            )
+            if int(torch.linalg.cholesky_ex(shifted).info) != 0:
+                raise ValueError("cov: got a matrix with negative eigenvalues; allowed: a positive semi-definite matrix")
 
     @property
     def diagonal(self) -> bool:
@@ -118,7 +129,7 @@ class GaussianInput:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the Gaussian as safetensors."""
         metadata = {"sd_lens": json.dumps({"schema": _SCHEMA, "n_tokens": self.n_tokens})}
-        save_file({"mean": self.mean.contiguous(), "cov": self.cov.contiguous()}, path, metadata=metadata)
+        save_file({"mean": self.mean.clone(), "cov": self.cov.clone()}, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GaussianInput:
@@ -127,7 +138,11 @@ class GaussianInput:
         Raises:
             ValueError: The file is something else.
         """
-        with safe_open(os.fspath(path), framework="pt") as file:
+        try:
+            opened = safe_open(os.fspath(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"path: {path} cannot be read ({error}); allowed: what GaussianInput.save wrote") from None
+        with opened as file:
             record = json.loads((file.metadata() or {}).get("sd_lens", "{}"))
             if record.get("schema") != _SCHEMA:
                 raise ValueError(f"path: {path} holds {record.get('schema', 'something else')}; allowed: {_SCHEMA}")
@@ -143,18 +158,35 @@ Inputs = Literal["unit", "gain"] | GaussianInput
 """``"unit"``: ``N(0, I)`` at the projections, as in the paper. ``"gain"``: ``N(0, I)`` before the norm's gain and bias."""
 
 
+def require_inputs(inputs: Inputs, d_model: int) -> None:
+    """Raises `ValueError` unless ``inputs`` is one of the allowed kinds, of the model's width."""
+    if isinstance(inputs, GaussianInput):
+        if inputs.mean.shape[0] != d_model:
+            raise ValueError(f"inputs: got a Gaussian of width {inputs.mean.shape[0]}; allowed: the model's width, {d_model}")
+    elif inputs not in ("unit", "gain"):
+        raise ValueError(f"inputs: got {inputs!r}; allowed: 'unit', 'gain' or a GaussianInput")
+
+
+def in_words(inputs: Inputs) -> str:
+    """What an FFN was fitted to, for a result's notes."""
+    if isinstance(inputs, GaussianInput):
+        kind = "diagonal" if inputs.diagonal else "full"
+        return f"a Gaussian with {kind} covariance, {f'measured on {inputs.n_tokens} tokens' if inputs.n_tokens else 'given'}"
+    return f"N(0, I) {'at the projections' if inputs == 'unit' else 'before the gain and bias of the norm'}"
+
+
 def resolve(inputs: Inputs, norm: NormWeights | None, like: Tensor, d_model: int) -> GaussianInput:
     """The Gaussian that ``inputs`` stands for, in the dtype and on the device of a tensor.
 
     Raises:
         ValueError: ``inputs`` is not one of the allowed kinds, or has another width than the layer.
     """
+    require_inputs(inputs, d_model)
     if isinstance(inputs, GaussianInput):
-        if inputs.mean.shape[0] != d_model:
-            raise ValueError(f"inputs: got a Gaussian of width {inputs.mean.shape[0]}; allowed: the model's width, {d_model}")
-        return GaussianInput(inputs.mean.to(like), inputs.cov.to(like), inputs.n_tokens)
-    if inputs not in ("unit", "gain"):
-        raise ValueError(f"inputs: got {inputs!r}; allowed: 'unit', 'gain' or a GaussianInput")
+        if inputs.mean.dtype == like.dtype and inputs.mean.device == like.device and inputs.cov.dtype == like.dtype:
+            return inputs
+        # (Marked as measured: that a given one is a covariance has been checked, and rounding must not fail it now.)
+        return GaussianInput(inputs.mean.to(like), inputs.cov.to(like), max(1, inputs.n_tokens))
     zeros, ones = like.new_zeros(d_model), like.new_ones(d_model)
     if inputs == "unit" or norm is None:
         return GaussianInput(zeros, ones)
@@ -162,18 +194,30 @@ def resolve(inputs: Inputs, norm: NormWeights | None, like: Tensor, d_model: int
     return GaussianInput(bias, norm.gain.to(like) ** 2)
 
 
-def root(inputs: GaussianInput) -> Tensor:
-    """A symmetric square root of the covariance, or the standard deviations of a diagonal one.
+class Root(NamedTuple):
+    """A symmetric square root of a covariance and its pseudo-inverse; vectors of them for a diagonal one."""
 
-    Raises:
-        ValueError: The covariance has a negative eigenvalue.
+    root: Tensor
+    inverse: Tensor
+
+    def times(self, z: Tensor) -> Tensor:
+        """The root applied to vectors in the last axis."""
+        return z * self.root if self.root.ndim == 1 else z @ self.root
+
+
+def root(inputs: GaussianInput) -> Root:
+    """The root through which ``N(0, I)`` becomes ``N(0, cov)``.
+
+    Directions whose variance is no more than rounding of the covariance's own entries have none: neither root nor inverse reach into them.
     """
     if inputs.diagonal:
-        return inputs.cov.sqrt()
+        spread = inputs.cov.sqrt()
+        return Root(spread, torch.where(spread > 0, 1 / spread, 0.0))
     values, vectors = torch.linalg.eigh(inputs.cov.double())
-    if float(values.min()) < -_NEGATIVE * float(values.max()):
-        raise ValueError(f"cov: got an eigenvalue of {float(values.min()):.3g}; allowed: a positive semi-definite matrix")
-    return (vectors * values.clamp(min=0).sqrt() @ vectors.mT).to(inputs.cov)
+    kept = values > len(values) * torch.finfo(inputs.cov.dtype).eps * values.max()
+    spread = torch.where(kept, values, 0.0).sqrt()
+    inverse = torch.where(kept, 1 / spread, 0.0)
+    return Root(*((vectors * diagonal @ vectors.mT).to(inputs.cov) for diagonal in (spread, inverse)))
 
 
 def measure_inputs(

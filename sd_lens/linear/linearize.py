@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sd_lens.linear.gaussian import FFNFit, fit_ffn
-from sd_lens.linear.inputs import Inputs, resolve, root
+from sd_lens.linear.inputs import Inputs, in_words, require_inputs, resolve, root
 from sd_lens.linear.maps import AttentionMap, BlockMap, FFNMap, MoEMap
 from sd_lens.linear.moments import activation_moments
-from sd_lens.linear.sampled import sample_fit
+from sd_lens.linear.sampled import require_samples, sample_fit
 from sd_lens.models.activations import Activation
 from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, MoEWeights, NormWeights
 
@@ -80,8 +80,10 @@ def linearize(
         >>> block.ffn.mv(torch.ones(block.d_model)).shape
         torch.Size([64])
     """
-    if estimator not in _ESTIMATORS:
-        raise ValueError(f"estimator: got {estimator!r}; allowed: {', '.join(map(repr, _ESTIMATORS))}")
+    if not isinstance(weights, BlockWeights):
+        raise ValueError(f"weights: got {type(weights).__name__}; allowed: BlockWeights, such as weights_of(model)[block]")
+    require_inputs(inputs, weights.d_model)
+    require_estimator(estimator, samples, weights.d_model)
     _require_fitting(weights, router, post_scales)
     weights.require_finite()
     # Half precision has too few digits to iterate on.
@@ -92,7 +94,9 @@ def linearize(
     )
     if paper:
         attention, ffn = _as_in_the_paper(attention), _as_in_the_paper(ffn)
-    notes = ["biases and mean subtraction left out, as in the paper"] if paper else []
+    notes = [f"FFN fitted to {in_words(inputs)}"]
+    if paper:
+        notes.append("biases and mean subtraction left out, as in the paper")
     if _post_normed(weights):
         found = post_scales or PostScales(_attention_scale(attention), _ffn_scale(ffn, inputs))
         how = "given" if post_scales else "root mean square for Gaussian inputs"
@@ -112,9 +116,19 @@ def linearize(
         ffn_map = _mixture(ffn, fit, router, inputs, scales[1])
         method = ffn_map.experts[0].fit.method
         notes.append(f"router weights {'uniform' if router is None else 'given'} over {len(ffn.experts)} experts")
+        if ffn_map.shared is not None and ffn.W_shared_gate is not None:
+            notes.append(f"gate of the shared expert at its mean, {ffn_map.shared_weight:.3g}")
     if method != "closed form":
         notes.append(f"FFN fit: {method}")
     return BlockMap(weights.block, AttentionMap(attention, scales[0]), ffn_map, weights.parallel, tuple(notes))
+
+
+def require_estimator(estimator: str, samples: int, d_model: int) -> None:
+    """Raises `ValueError` unless the estimator is known and has enough samples."""
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"estimator: got {estimator!r}; allowed: {', '.join(map(repr, _ESTIMATORS))}")
+    if estimator == "sampled":
+        require_samples(samples, d_model)
 
 
 def _require_fitting(weights: BlockWeights, router: Tensor | None, post_scales: PostScales | None) -> None:
@@ -153,8 +167,7 @@ def _mixture(
 def _mean_gate(moe: MoEWeights, gate: Tensor, inputs: Inputs) -> float:
     """Mean of the sigmoid that the shared expert is multiplied by."""
     x = resolve(inputs, moe.norm, gate, gate.shape[0])
-    spread = root(x)
-    scaled = gate.squeeze(-1) * spread if x.diagonal else spread @ gate.squeeze(-1)
+    scaled = root(x).times(gate.squeeze(-1))
     mean = (x.mean @ gate).reshape(1)
     return float(activation_moments(Activation("other", torch.sigmoid), mean, scaled.norm().reshape(1)).value)
 
@@ -177,9 +190,8 @@ def _ffn_scale(ffn: FFNWeights | MoEWeights, inputs: Inputs) -> float:
     like = ffn.W_out if isinstance(ffn, FFNWeights) else ffn.W_router
     d = ffn.post_norm.gain.shape[0]
     x = resolve(inputs, ffn.norm, like, d)
-    spread, z = root(x), _noise(like, d)
     bare: FFNWeights | MoEWeights = replace(ffn, norm=None, post_norm=None, output_scale=1.0)
-    return float(ffn.post_norm.scale(bare(x.mean + (z * spread if x.diagonal else z @ spread))).square().mean().sqrt())
+    return float(ffn.post_norm.scale(bare(x.mean + root(x).times(_noise(like, d)))).square().mean().sqrt())
 
 
 def _noise(like: Tensor, d: int) -> Tensor:

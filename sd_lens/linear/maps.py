@@ -94,6 +94,33 @@ class LinearMap(ABC):
         return f"{type(self).__name__}(d_model={self.d_model}, dtype={self.like.dtype}, device={self.like.device})"
 
 
+class DenseMap(LinearMap):
+    """A square matrix as a map: ``mv(x) = M x`` for column vectors."""
+
+    def __init__(self, matrix: Float[Tensor, "d_model d_model"]):
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix: got shape {tuple(matrix.shape)}; allowed: a square matrix")
+        self.matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of the dtype and on the device that products are computed in."""
+        return self.matrix
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.matrix.shape[0]
+
+    def mv(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map applied to vectors."""
+        return x @ self.matrix.mT
+
+    def rmv(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map applied to vectors."""
+        return y @ self.matrix
+
+
 class SublayerMap(LinearMap):
     """A sublayer between its norms: the norm's gain before it, and behind it what a norm after the sublayer does at a given scale.
 

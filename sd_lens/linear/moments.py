@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -114,9 +115,17 @@ def activation_moments(activation: Activation, mean: Float[Tensor, "n"], std: Fl
 _EXACT = {"relu": _relu_moments, "relu2": _relu2_moments, "gelu": _gelu_moments}
 
 
+def _evaluated(fn: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
+    """An unknown function's values, in float32 where it does not know float64."""
+    try:
+        return fn(a.clone()).double()  # a copy: some work in place
+    except RuntimeError:
+        return fn(a.float()).double()
+
+
 def _integrated(activation: Activation, mean: Tensor, std: Tensor) -> ActivationMoments:
     if activation.name == "other":
-        value, first, second = _quadrature(activation.fn, mean, std, math.inf)
+        value, first, second = _quadrature(lambda a: _evaluated(activation.fn, a), mean, std, math.inf)
         return ActivationMoments(value, first / std, second / std)
     relu = _relu_moments(mean, std)
     value, first, second = _quadrature(lambda a: activation(a) - torch.relu(a), mean, std, _RELU_BEYOND)

@@ -47,6 +47,14 @@ class SampledFit(FFNFit):
         return hidden @ self.matrix.mT
 
 
+def require_samples(samples: int, d_model: int) -> None:
+    """Raises `ValueError` where there are too few samples for the regression to be well determined."""
+    if samples < 2 * d_model:
+        raise ValueError(
+            f"samples: got {samples}; allowed: at least 2 * d_model = {2 * d_model}, for the regression to be determined"
+        )
+
+
 def sample_fit(ffn: FFNWeights, *, inputs: Inputs = "unit", samples: int = 100_000, seed: int = 0) -> SampledFit:
     """Fits a feed-forward layer's neurons to samples of its input.
 
@@ -71,8 +79,7 @@ def sample_fit(ffn: FFNWeights, *, inputs: Inputs = "unit", samples: int = 100_0
         'sampled (1000 samples, seed 0)'
     """
     d, d_mlp = ffn.W_in.shape
-    if samples < 2 * d:
-        raise ValueError(f"samples: got {samples}; allowed: at least 2 * d_model = {2 * d}, for the regression to be determined")
+    require_samples(samples, d)
     x = resolve(inputs, ffn.norm, ffn.W_in, d)
     spread = root(x)
     layer = replace(ffn, b_hidden=None)  # added to the neurons whatever their input is
@@ -81,15 +88,12 @@ def sample_fit(ffn: FFNWeights, *, inputs: Inputs = "unit", samples: int = 100_0
     chunk = max(1, _CHUNK // (d + 3 * d_mlp))
     for start in range(0, samples, chunk):
         z = torch.randn(min(chunk, samples - start), d, generator=generator, dtype=ffn.W_in.dtype, device=ffn.W_in.device)
-        hidden = layer.hidden(x.mean + (z * spread if x.diagonal else z @ spread))
+        hidden = layer.hidden(x.mean + spread.times(z))
         zz.addmm_(z.mT, z)
         zh.addmm_(z.mT, hidden)
         total += hidden.sum(0, dtype=torch.float64)
     fitted = torch.cholesky_solve(zh, torch.linalg.cholesky(zz))
-    if x.diagonal:
-        inverse = torch.where(spread > 0, 1 / spread, 0.0)
-        fitted *= inverse.unsqueeze(-1)
-    else:
-        fitted = torch.linalg.pinv(spread, hermitian=True) @ fitted
+    inverse = spread.inverse
+    fitted = fitted * inverse.unsqueeze(-1) if x.diagonal else inverse @ fitted
     mean_hidden = (total / samples).to(ffn.W_in.dtype)
     return SampledFit(fitted, mean_hidden, x.mean, f"sampled ({samples} samples, seed {seed})")

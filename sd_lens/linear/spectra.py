@@ -16,7 +16,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from sd_lens.linear.angles import acute_angle
-from sd_lens.linear.maps import LinearMap
+from sd_lens.linear.maps import DenseMap, LinearMap
 
 
 class SingularTriplets(NamedTuple):
@@ -80,7 +80,7 @@ class _Basis:
 
 
 def leading_singular(
-    linear_map: LinearMap, k: int = 1, *, tol: float | Sequence[float] | None = None, seed: int = 0
+    linear_map: LinearMap | Float[Tensor, "d d"], k: int = 1, *, tol: float | Sequence[float] | None = None, seed: int = 0
 ) -> SingularTriplets:
     """The ``k`` largest singular values of a map, with their vectors.
 
@@ -90,7 +90,7 @@ def leading_singular(
     pair's sign is chosen so that the entry of ``u`` with the largest magnitude is positive.
 
     Args:
-        linear_map: The map.
+        linear_map: The map, or a square matrix.
         k: How many triplets.
         tol: Residual ``‖Mᵀu − σv‖`` to reach, relative to σ; one number, or one per triplet. Default: 1e-6 for maps that compute in
             float32, 1e-10 in float64.
@@ -100,7 +100,7 @@ def leading_singular(
         The triplets, float64, on the map's device.
 
     Raises:
-        ValueError: ``k`` is not between 1 and d_model, or a tolerance is not positive.
+        ValueError: ``k`` is not between 1 and d_model, a tolerance is not positive, or the map's products are not finite.
 
     Example:
         >>> from sd_lens.linear.linearize import linearize
@@ -111,6 +111,7 @@ def leading_singular(
         >>> round(float(acute_angle(u[:, 0], truth.direction)), 1), round(float(acute_angle(v[:, 0], truth.trigger)), 1)
         (0.0, 0.0)
     """
+    linear_map = _as_map(linear_map)
     d = linear_map.d_model
     if not 1 <= k <= d:
         raise ValueError(f"k: got {k}; allowed: 1 to d_model = {d}")
@@ -126,6 +127,8 @@ def leading_singular(
         # One more column of M V = U B, with B upper bidiagonal, and what is left of Mᵀ U = V Bᵀ.
         u, _ = left.orthogonal(_product(linear_map.mv, right.rows[-1], linear_map.like))
         size = float(torch.linalg.vector_norm(u))
+        if not math.isfinite(size):
+            raise ValueError("linear_map: got products that are NaN or infinite; allowed: a map of finite weights")
         scale = max(scale, size)
         known = size <= rounding * scale  # the map sends this vector into what is spanned already
         diagonal.append(0.0 if known else size)
@@ -146,6 +149,10 @@ def leading_singular(
     u, v = left.rows.mT @ p, right.rows[:n].mT @ q
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     return SingularTriplets(u * sign, s, v * sign)
+
+
+def _as_map(given: LinearMap | Tensor) -> LinearMap:
+    return DenseMap(given) if isinstance(given, Tensor) else given
 
 
 def _tolerances(tol: float | Sequence[float] | None, k: int, dtype: torch.dtype) -> Tensor:
@@ -171,12 +178,13 @@ class Eigenpair:
     """An eigenpair ``M x = λ x``.
 
     Attributes:
-        value: The eigenvalue. Maps of blocks are not symmetric, so it may be one of a complex pair.
+        value: The eigenvalue. Maps of blocks are not symmetric, so it may be one of a complex pair: the one with the positive
+            imaginary part.
         vector: The unit eigenvector, complex; real up to rounding where the eigenvalue is.
         angle_deg: Acute angle between the direction asked for and the complex line of the vector, degrees.
         residual: ``‖M x − λ x‖``; compare it with ``|λ|``.
-        converged: Whether the residual is as small as was asked for. Where it is not, value and vector are not to be relied on; as a
-            rule no eigenvector is near the direction then.
+        converged: Whether the residual is as small as was asked for. Where it is not, value and vector are not to be relied on: either no
+            eigenvector is near the direction, or its eigenvalue lies among many others, which a Krylov space does not tell apart.
     """
 
     value: complex
@@ -192,18 +200,25 @@ class Eigenpair:
 
         Args:
             norm: Norm of the residual vector as it enters the block.
+
+        Raises:
+            ValueError: The norm is not positive.
         """
+        if not norm > 0:
+            raise ValueError(f"norm: got {norm}; allowed: a positive number")
         return self.value.real * math.sqrt(self.vector.shape[0]) / norm
 
 
-# Nearer than this to the direction, a converged eigenvector is taken at once; farther, once a larger space has confirmed it.
-_SURELY_NEAREST = 30.0
-# Farther than this, a nearer one may still come up as long as the space grows.
+# Nearer than this to the direction (degrees), a converged eigenvector is taken at once.
+_SURELY_NEAREST = 5.0
+# Up to this angle it is taken once a space of this size, and twice the size it was found in, holds no nearer one; farther, a nearer one may
+# still come up as long as the space grows.
 _NEAR = 60.0
+_CONFIRMED = 16
 
 
 def eigen_nearest(
-    linear_map: LinearMap,
+    linear_map: LinearMap | Float[Tensor, "d d"],
     direction: Float[Tensor, "d"],
     *,
     method: Literal["krylov", "dense"] = "krylov",
@@ -214,16 +229,16 @@ def eigen_nearest(
 
     Arnoldi's method from the direction: the Krylov space it spans holds a nearby eigenvector after some ten products. Of a
     complex pair the eigenvalue, the vector and the angle to the vector's complex line, ``arccos |⟨x, d⟩|``, are kept whole (Wang et
-    al. keep real parts). Where no eigenvector is near, the space grows to ``max_krylov``, and `Eigenpair.converged` tells whether
-    what was found then is an eigenpair; another one may be hardly farther away. Eigenvalues of zero (1e-5 of the largest) are
+    al. keep real parts). Where no eigenvector is near, or its eigenvalue lies inside the cloud of the others, the space grows to
+    ``max_krylov``, and `Eigenpair.converged` tells whether what was found then is an eigenpair; ``method="dense"`` finds any. Eigenvalues of zero (1e-5 of the largest) are
     passed over as long as there is another: any vector of a map's null space is an eigenvector, and attention with grouped heads has
     a wide one.
 
     Args:
-        linear_map: The map ``M``.
+        linear_map: The map ``M``, or a square matrix.
         direction: The direction of interest.
         method: ``"krylov"``, or ``"dense"`` for the decomposition of the whole matrix, d_model² numbers, as a second opinion.
-        tol: Residual to reach, relative to the largest Ritz value.
+        tol: Residual to reach, relative to the eigenvalue; rounding of the products is allowed for.
         max_krylov: Largest dimension of the Krylov space.
 
     Returns:
@@ -241,6 +256,7 @@ def eigen_nearest(
         >>> round(eigen_nearest(update, truth.direction).value.real, 2)
         -60.0
     """
+    linear_map = _as_map(linear_map)
     d = linear_map.d_model
     if tuple(direction.shape) != (d,):
         raise ValueError(f"direction: got shape {tuple(direction.shape)}; allowed: ({d},), the map's width")
@@ -268,7 +284,7 @@ def _arnoldi(linear_map: LinearMap, unit: Tensor, tol: float, size: int) -> Eige
     basis.add(unit)
     rounding = _rounding(linear_map)
     check_at = min(4, size)
-    before = None
+    first: tuple[int, complex] | None = None  # where the pair in question was found, and its value
     while True:
         step = basis.n - 1
         product, coefficients = basis.orthogonal(_product(linear_map.mv, basis.rows[step], linear_map.like))
@@ -279,18 +295,25 @@ def _arnoldi(linear_map: LinearMap, unit: Tensor, tol: float, size: int) -> Eige
         last = n == size or beta <= rounding * (float(torch.linalg.vector_norm(coefficients)) + beta)
         if last or n >= check_at:
             found = _nearest_ritz(hessenberg[: n + 1, :n].cpu())
-            steady = before is not None and abs(found.value - before) <= 1e-3 * found.scale
-            near = found.angle_deg < _SURELY_NEAREST or (steady and found.angle_deg < _NEAR)
-            if last or (near and found.residual <= tol):
+            converged = found.residual <= _reached(found.value, found.scale, tol, rounding)
+            if not converged or first is None or abs(found.value - first[1]) > 1e-3 * abs(found.value):
+                first = (n, found.value) if converged else None
+            confirmed = first is not None and n >= max(_CONFIRMED, 2 * first[0]) and found.angle_deg < _NEAR
+            if last or (converged and (confirmed or found.angle_deg < _SURELY_NEAREST)):
                 break
-            before, check_at = found.value, n + max(2, n // 4)
+            check_at = n + max(2, n // 4)
         basis.add(product / beta)
     vector = found.weights.to(unit.device) @ basis.rows.to(torch.complex128)
     return _finish(linear_map, unit, found.value, vector, found.scale, tol)
 
 
+def _reached(value: complex, scale: float, tol: float, rounding: float) -> float:
+    """The residual that is small enough for an eigenvalue, in a map whose largest is ``scale``."""
+    return tol * abs(value) + rounding * scale
+
+
 class _Ritz(NamedTuple):
-    """A Ritz pair: its weights on the basis, its residual relative to the largest Ritz value, and that value's magnitude."""
+    """A Ritz pair: its weights on the basis, its residual, and the magnitude of the largest Ritz value."""
 
     value: complex
     weights: Tensor
@@ -303,8 +326,8 @@ def _nearest_ritz(hessenberg: Tensor) -> _Ritz:
     """The Ritz pair nearest the starting vector, of those whose value is not zero."""
     values, vectors = torch.linalg.eig(hessenberg[:-1])
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
-    scale = float(values.abs().max()) + 1e-300
-    residuals = float(hessenberg[-1, -1]) * vectors[-1].abs() / scale
+    scale = float(values.abs().max())
+    residuals = float(hessenberg[-1, -1]) * vectors[-1].abs()
     # The basis is orthonormal and begins with the direction: the first weight of a unit Ritz vector is the cosine.
     cosine = vectors[0].abs()
     acting = values.abs() > _NULL * scale
@@ -316,7 +339,18 @@ def _nearest_ritz(hessenberg: Tensor) -> _Ritz:
 
 def _finish(linear_map: LinearMap, unit: Tensor, value: complex, vector: Tensor, scale: float, tol: float) -> Eigenpair:
     vector = vector / torch.linalg.vector_norm(vector)
-    vector = vector * (vector @ unit.to(vector.dtype)).conj().sgn()  # the phase in which it points along the direction
-    real, imaginary = (_product(linear_map.mv, part, linear_map.like) for part in (vector.real, vector.imag))
+    if value.imag < 0:  # of a pair, either would do
+        value, vector = value.conjugate(), vector.conj()
+    overlap = vector @ unit.to(vector.dtype)
+    if overlap.abs() > 0:
+        vector = vector * overlap.conj().sgn()  # the phase in which it points along the direction
+    real = _product(linear_map.mv, vector.real, linear_map.like)
+    imaginary = _product(linear_map.mv, vector.imag, linear_map.like) if vector.imag.any() else torch.zeros_like(real)
     residual = float(torch.linalg.vector_norm(torch.complex(real, imaginary) - value * vector))
-    return Eigenpair(value, vector, float(acute_angle(unit, vector)), residual, residual <= 10 * tol * scale)
+    return Eigenpair(
+        value,
+        vector,
+        float(acute_angle(unit, vector)),
+        residual,
+        residual <= 10 * _reached(value, scale, tol, _rounding(linear_map)),
+    )

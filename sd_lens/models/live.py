@@ -70,7 +70,7 @@ def _norm(model: Any, block: Any, name: str) -> NormWeights | None:
         like = next(block.parameters())
         gain = torch.ones(cfg.d_model, dtype=like.dtype, device=like.device)
     elif offset:
-        gain = gain + 1
+        gain = gain.to(torch.promote_types(gain.dtype, torch.float32)) + 1  # half precision would round the sum
     return NormWeights("rms" if rms else "layer", gain, tensor_of(module, "b"), float(cfg.eps))
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from sd_lens.models.checkpoint import CheckpointWeights
-from sd_lens.models.completeness import missing_tensors
+from sd_lens.models.completeness import Contents, draw, reason, require_plain
 from sd_lens.models.live import LiveWeights
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.shards import FLOATS, INDEX, SINGLE, weight_map
+from sd_lens.models.shards import FLOATS, INDEX, SINGLE, find_shards, weight_map
 from sd_lens.models.weights import FFNWeights, ModelWeights
 
 TINY = Path(__file__).parent / "tiny"
@@ -48,7 +48,8 @@ def load(
 
     Raises:
         ValueError: The model is not a TransformerLens model, has folded or centred weights, or is not a causal decoder; the folder
-            has no config.json or an unusable one; no model of this name can be had.
+            has no config.json or an unusable one; a file or tensor of the folder is missing, damaged, quantised or of the wrong shape;
+            no model of this name can be had.
         FileNotFoundError: The folder does not exist.
 
     Example:
@@ -74,8 +75,7 @@ def _boot(name: str, dtype: torch.dtype, boot: dict[str, Any]) -> Any:
     folder, shown = _find(name)
     if folder is None:
         return _boot_from(name, dtype, boot, shown=shown)
-    _require_decoder(folder)
-    _require_whole(folder)
+    _require_whole(folder, _require_decoder(folder), shown, trusted=bool(boot.get("trust_remote_code")))
     return _boot_from(str(folder), dtype, boot, shown=shown)
 
 
@@ -100,7 +100,8 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
 
 
-def _require_decoder(folder: Path) -> None:
+def _require_decoder(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder, unless it is of no causal decoder."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model: folder {folder} has no config.json; allowed: a folder with a Hugging Face checkpoint")
@@ -113,13 +114,28 @@ def _require_decoder(folder: Path) -> None:
     names = [str(name) for name in config.get("architectures") or ()]
     if config.get("is_encoder_decoder") or any("MaskedLM" in name or name == "BertModel" for name in names):
         raise ValueError(f"model: {folder} holds {', '.join(names or ['an encoder'])}; allowed: causal decoders")
+    return config
 
 
-def _require_whole(folder: Path) -> None:
-    missing = missing_tensors(folder)
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"model: the files in {folder} lack {shown}; allowed: a checkpoint with every weight of its model")
+def _require_whole(folder: Path, config: dict[str, Any], shown: str, *, trusted: bool) -> None:
+    """Raises `ValueError` where files are damaged, incomplete or quantised; whether blocks can be read is not asked here."""
+    shards = find_shards(folder)
+    if trusted and config.get("auto_map"):
+        return  # only the folder's own code knows what it needs
+    if shards is not None:
+        require_plain(folder, shards)
+    try:
+        model = draw(folder).model
+        contents = None if shards is None else Contents(shards, model)
+    except Exception as error:
+        if "trust_remote_code" in str(error):  # loading would ask on the terminal
+            raise ValueError(
+                f"model: {shown!r} needs code from its folder ({reason(error)}); "
+                "allowed: a model that transformers knows by itself, or trust_remote_code=True"
+            ) from error
+        return  # what is wrong with such a folder, loading it will say
+    if contents is not None:
+        contents.require_whole()
 
 
 def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: str) -> Any:
@@ -136,8 +152,7 @@ def _boot_from(source: str, dtype: torch.dtype, boot: dict[str, Any], *, shown: 
 
 
 def _not_loaded(shown: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300]
-    return ValueError(f"model: {shown!r} could not be loaded ({reason}); allowed: 'tiny', a checkpoint folder or a hub name")
+    return ValueError(f"model: {shown!r} could not be loaded ({reason(error)}); allowed: 'tiny', a checkpoint folder or a hub name")
 
 
 def require_usable(model: Any) -> None:

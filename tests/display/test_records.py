@@ -64,7 +64,7 @@ def test_a_spectrum(findings):
     assert through_json(record) == record
     assert (record["schema"], record["d_model"], record["n_blocks"]) == ("sd_lens.spectrum/1", 64, 6)
     assert len(record["blocks"]) == 18
-    assert (record["reference"], record["notes"]) == ("measured", ["FFNs fitted to N(0, I) at the projections"])
+    assert (record["reference"], record["notes"]) == ("measured", ["FFN fitted to N(0, I) at the projections"])
     row = next(row for row in record["blocks"] if row["block"] == 4 and row["part"] == "block")
     expected = findings.directions.row(4)
     assert row == {

@@ -97,7 +97,7 @@ def test_tables_show_the_results(page, findings):
     text = words(Page(page).text)
     row = findings.directions.row(4)
     assert f"4 block {row.sigma1:.3g} {row.sigma2:.3g} {row.gap:.3g} {row.angle_deg:.1f}" in text
-    assert "FFNs fitted to N(0, I) at the projections." in text
+    assert "FFN fitted to N(0, I) at the projections." in text
     token = findings.defects.tokens[0]
     assert f"0 0 <s> {token.id} 1 {token.norm:.4g} {token.ratio:.4g}" in text
     assert "value vectors passed" in text

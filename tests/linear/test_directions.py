@@ -8,11 +8,13 @@ import pytest
 import torch
 import zoo
 
-from sd_lens.linear.directions import PARTS, directions_of
+from sd_lens.linear.directions import directions_of
 from sd_lens.linear.inputs import GaussianInput
-from sd_lens.linear.linearize import linearize
+from sd_lens.linear.linearize import PostScales, linearize
+from sd_lens.linear.parts import PARTS
+from sd_lens.models.activations import Activation
 from sd_lens.models.loading import weights_of
-from sd_lens.models.weights import ModelWeights
+from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, ModelWeights
 
 
 class Kept(ModelWeights):
@@ -139,13 +141,23 @@ def test_two_runs_agree_to_the_bit():
     assert torch.equal(one.reference, other.reference)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"blocks": []}, "blocks: got none; allowed: at least one block"),
         ({"blocks": [3]}, "blocks: got 3; allowed: 0 to 2"),
         ({"blocks": [0, -4]}, "blocks: got -4; allowed: 0 to 2"),
-        ({"direction": torch.ones(33)}, r"direction: got shape \(33,\); allowed: \(32,\)"),
+        ({"direction": torch.ones(33)}, r"direction: got shape \(33,\); allowed: a tensor of shape \(32,\)"),
+        ({"blocks": 1}, "blocks: got 1; allowed: a list of blocks"),
+        ({"blocks": [1.0]}, "blocks: got 1.0; allowed: 0 to 2"),
+        ({"direction": [1.0] * 32}, r"direction: got list; allowed: a tensor of shape \(32,\)"),
+        ({"norms": {0: 0.0}}, "norms: got 0.0; allowed: positive numbers"),
+        ({"norms": {7: 1.0}}, "norms: got block 7; allowed: 0 to 2"),
+        ({"router": {3: torch.ones(4)}}, "router: got block 3; allowed: 0 to 2"),
+        ({"estimator": "lstsq"}, "estimator: got 'lstsq'"),
+        ({"estimator": "sampled", "samples": 9}, "samples: got 9; allowed: at least 2"),
+        ({"inputs": "data"}, "inputs: got 'data'"),
         ({"direction": torch.zeros(32)}, "direction: got a zero or non-finite vector"),
         ({"direction": torch.full((32,), float("nan"))}, "direction: got a zero or non-finite vector"),
     ],
@@ -162,7 +174,7 @@ def test_the_table_says_what_it_rests_on(family):
     n = len(weights)
     table = directions_of(weights, torch.ones(zoo.D_MODEL), blocks=[1, 0])
     assert table.n_blocks == n
-    assert table.notes[0] == "FFNs fitted to N(0, I) at the projections"
+    assert table.notes[0] == "FFN fitted to N(0, I) at the projections"
     if family == "mixtral":
         assert table.notes[1:] == ("router weights uniform over 4 experts",)
     else:
@@ -171,7 +183,7 @@ def test_the_table_says_what_it_rests_on(family):
     sampled = directions_of(
         weights, torch.ones(zoo.D_MODEL), blocks=[0], estimator="sampled", samples=200, inputs="gain", paper=True
     )
-    assert sampled.notes[0] == "FFNs fitted to N(0, I) before the norm's gain and bias"
+    assert sampled.notes[0] == "FFN fitted to N(0, I) before the gain and bias of the norm"
     assert sampled.notes[1] == "biases and mean subtraction left out, as in the paper"
     assert sampled.notes[-1] == "FFN fit: sampled (200 samples, seed 0)"
 
@@ -216,6 +228,67 @@ def test_blocks_are_read_one_at_a_time_and_let_go(direction):
     gc.collect()
     assert most == [0] * (3 if direction is not None else 6)
     assert not alive
+
+
+def _block_with(matrix):
+    """A block whose FFN is nearly the matrix: plain, with an activation that is linear."""
+    d = len(matrix)
+    zero = torch.zeros(1, d, 1)
+    attention = AttentionWeights(zero, zero.mT, None, None, None)
+    ffn = FFNWeights(torch.eye(d), matrix.float().T, None, None, None, None, Activation("other", lambda x: x), None)
+    return BlockWeights(0, attention, ffn, parallel=False)
+
+
+class One(Kept):
+    """A model of one block."""
+
+    def __init__(self, block):
+        self._weights = [block]
+
+    d_model = property(lambda self: self._weights[0].d_model)
+
+
+@pytest.mark.parametrize(("value", "degrees"), [(-0.6, 5.0), (-0.5, 8.0), (0.5, 11.0)])
+def test_an_eigenvalue_inside_the_cloud_of_the_others_is_found_where_its_vector_is_near(value, degrees):
+    # No Krylov space of less than nearly the whole width resolves it; the table falls back on the dense matrix.
+    d = 600
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    direction, across = basis[:, 0], basis[:, 1]
+    near = np.cos(np.radians(degrees)) * direction + np.sin(np.radians(degrees)) * across
+    vectors = torch.cat([near.unsqueeze(1), basis[:, 1:]], dim=1)
+    core = torch.zeros(d, d, dtype=torch.float64)
+    core[0, 0] = value
+    core[1:, 1:] = torch.randn(d - 1, d - 1, generator=generator, dtype=torch.float64) / d**0.5
+    table = directions_of(One(_block_with(vectors @ core @ torch.linalg.inv(vectors))), direction)
+    row = table.row(0, "ffn")
+    assert row.converged
+    assert row.eigenvalue.real == pytest.approx(value, abs=1e-3)
+    assert row.eigenvector_angle_deg == pytest.approx(degrees, abs=0.1)
+    wanted = "The most negative eigenvalue" if value < 0 else "No negative eigenvalue was found"
+    assert table.sentences()[1].startswith(wanted)
+
+
+def test_a_wide_map_without_a_near_eigenvector_says_that_none_was_resolved():
+    d = 600
+    noise = torch.randn(d, d, generator=torch.Generator().manual_seed(1)) / d**0.5
+    table = directions_of(One(_block_with(noise)), torch.linspace(-1, 1, d))
+    assert not table.row(0, "ffn").converged
+    assert table.sentences()[1].startswith("No negative eigenvalue was found")
+
+
+def test_scales_of_norms_after_the_sublayers_can_be_given():
+    weights = weights_of(zoo.cached("gemma2"))
+    scales = PostScales(0.5, 2.0)
+    table = directions_of(weights, torch.ones(32), blocks=[1], post_scales={1: scales})
+    alone = linearize(weights[1], post_scales=scales)
+    assert table.row(1, "ffn").sigma1 == pytest.approx(np.linalg.svd(np.eye(32) + dense(alone, "ffn"))[1][0], rel=1e-4)
+    assert "norms after the sublayers at scales 0.5 and 2 (given)" in table.notes
+
+
+def test_a_reference_of_some_blocks_says_so():
+    table = directions_of(weights_of(zoo.cached("llama")), blocks=[2, 0])
+    assert table.notes[-1] == "the reference is of the most singular of the blocks chosen (2, 0)"
 
 
 def test_rows_that_are_not_in_the_table():

@@ -153,6 +153,9 @@ def test_another_file_is_refused(tmp_path):
     save_file({"mean": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds something else; allowed: sd_lens"):
         GaussianInput.load(tmp_path / "other.safetensors")
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"path: .*junk cannot be read"):
+        GaussianInput.load(tmp_path / "junk")
 
 
 def test_repr():
@@ -169,6 +172,9 @@ def test_repr():
         (torch.zeros(3), -torch.ones(3), r"cov: got a negative variance \(-1\)"),
         (torch.zeros(3), torch.full((3,), float("nan")), "cov: got NaN"),
         (torch.full((3,), float("inf")), torch.ones(3), "mean: got NaN or infinite"),
+        (torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "cov: got a matrix with negative eigenvalues"),
+        ([0.0], torch.ones(1), "mean: got list"),
+        (torch.zeros(1), torch.tensor(1.0), "cov: got Tensor; allowed: a tensor of floating-point numbers with at least one axis"),
         (torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "cov: got a matrix that is not symmetric"),
     ],
     ids=str,
@@ -179,9 +185,31 @@ def test_what_is_no_gaussian_is_refused(mean, cov, reason):
         GaussianInput(mean, cov)
 
 
-def test_a_covariance_with_a_negative_eigenvalue_has_no_root():
-    with pytest.raises(ValueError, match="cov: got an eigenvalue of -1; allowed: a positive semi-definite matrix"):
-        root(GaussianInput(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]])))
+def test_the_root_of_a_covariance_leaves_out_what_is_rounding():
+    factor = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64):
+        cov = factor.to(dtype) @ factor.to(dtype).T
+        found = root(GaussianInput(torch.zeros(20, dtype=dtype), cov))
+        torch.testing.assert_close(found.root @ found.root, cov, rtol=1e-4, atol=1e-4)
+        assert int(torch.linalg.matrix_rank(found.inverse.double(), rtol=1e-3)) == 3
+        projection = found.root @ found.inverse
+        torch.testing.assert_close(projection @ factor.to(dtype), factor.to(dtype), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_both_estimators_agree_on_a_measured_covariance_of_fewer_tokens_than_its_width(name):
+    # Its rank is below the width, and a LayerNorm's always is: the sampled fit is zero where no sample goes.
+    model = zoo.cached(name)
+    inputs = GaussianInput.measure(model, zoo.tokens(model, batch=2, pos=9), 1)
+    weights = weights_of(model)[1]
+    exact = linearize(weights, inputs=inputs).ffn
+    sampled = linearize(weights, inputs=inputs, estimator="sampled", samples=40_000).ffn
+    spread = root(inputs)
+    gain = weights.ffn.norm.gain
+    reached = (torch.eye(zoo.D_MODEL) @ spread.root) / gain  # inputs of the map that stay among the samples' directions
+    wanted, got = exact.mv(reached), sampled.mv(reached)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.1
+    assert float(sampled.to_dense().norm()) < 3 * float(exact.to_dense().norm())
 
 
 @pytest.mark.usefixtures("as_users_run_it")

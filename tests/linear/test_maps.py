@@ -14,11 +14,12 @@ from recording import record, relative_error
 
 from sd_lens.linear.inputs import GaussianInput
 from sd_lens.linear.linearize import PostScales, linearize
-from sd_lens.linear.maps import IdentityPlus
+from sd_lens.linear.maps import DenseMap, IdentityPlus
 from sd_lens.models.loading import weights_of
 from sd_lens.models.weights import MoEWeights
 
 SCALES = PostScales(0.7, 1.9)
+UNIT = "FFN fitted to N(0, I) at the projections"
 FAMILIES = list(zoo.FAMILIES)
 MIXTURES = [family.name for family in zoo.FAMILIES.values() if family.moe]
 
@@ -164,8 +165,9 @@ def test_the_experts_of_a_mixture_are_maps_of_their_own(name):
     for expert, layer in zip(linear.ffn.experts, weights.ffn.experts, strict=True):
         _close(expert.to_dense(), ffn_matrix(layer))
     _close(linear.ffn.to_dense(), ffn_matrix(weights.ffn, router=router))
-    assert linear.notes == ("router weights given over 4 experts",)
-    assert linearize(weights).notes == ("router weights uniform over 4 experts",)
+    gate = () if weights.ffn.W_shared_gate is None else ("gate of the shared expert at its mean, 0.5",)
+    assert linear.notes == (UNIT, "router weights given over 4 experts", *gate)
+    assert linearize(weights).notes == (UNIT, "router weights uniform over 4 experts", *gate)
 
 
 def test_a_mixture_of_equal_experts_is_one_of_them():
@@ -187,6 +189,25 @@ def test_a_mixture_of_equal_experts_is_one_of_them():
 def test_router_weights_that_are_none_are_refused(router):
     with pytest.raises(ValueError, match=r"router: got \(\d,\) numbers; allowed: 4 finite ones"):
         linearize(weights_of(zoo.cached("mixtral"))[0], router=router)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_is_no_block_is_refused():
+    with pytest.raises(
+        ValueError, match=r"weights: got TransformerBridge; allowed: BlockWeights, such as weights_of\(model\)\[block\]"
+    ):
+        linearize(zoo.cached("llama"))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_matrix_is_a_map():
+    matrix = _vectors(5, 5)
+    map_ = DenseMap(matrix)
+    assert torch.equal(map_.to_dense(), matrix)
+    _close(map_.rmv(matrix[0]), matrix.T @ matrix[0])
+    assert DenseMap(matrix.bfloat16()).like.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"matrix: got shape \(2, 5\); allowed: a square matrix"):
+        DenseMap(matrix[:2])
 
 
 def test_options_that_a_block_has_no_use_for_are_refused():
@@ -211,9 +232,12 @@ def test_norms_after_the_sublayers_are_taken_at_the_typical_scale_of_what_they_r
     assert linear.attention.post_scale == pytest.approx(float(wanted), rel=0.05)
     wanted = replace(ffn, norm=None, post_norm=None)(x).square().mean().sqrt()
     assert linear.ffn.post_scale == pytest.approx(float(wanted), rel=0.05)
-    assert linear.notes[0].startswith(f"norms after the sublayers at scales {linear.attention.post_scale:.4g} and ")
+    assert linear.notes[1].startswith(f"norms after the sublayers at scales {linear.attention.post_scale:.4g} and ")
     given = linearize(weights, post_scales=SCALES)
-    assert given.notes == ("norms after the sublayers at scales 0.7 and 1.9 (given)",)
+    assert given.notes == (
+        UNIT,
+        "norms after the sublayers at scales 0.7 and 1.9 (given)",
+    )
     ratio = linear.attention.post_scale / SCALES.attention
     _close(given.attention.to_dense(), ratio * linear.attention.to_dense())
 
@@ -232,7 +256,7 @@ def test_the_papers_convention_has_no_biases_and_no_centring(name):
     for part, matrix in _matrices(bare).items():
         _close(_parts(linear)[part].to_dense(), matrix)
     assert torch.allclose(linear.to_dense(), linearize(weights).to_dense()) == (name == "qwen2")  # which has a bias of values only
-    assert linear.notes == ("biases and mean subtraction left out, as in the paper",)
+    assert linear.notes == (UNIT, "biases and mean subtraction left out, as in the paper")
     zero_mean = linear.ffn.fit.mean_hidden @ ffn.W_out  # an even activation part has a mean without any bias
     _close(linear.ffn.offset, zero_mean)
     assert not linear.attention.offset.any()

@@ -174,7 +174,58 @@ def test_a_complex_pair(turn):
     _assert_eigenpair(matrix, found)
 
 
-def test_a_defective_and_an_exhausted_space():
+@pytest.mark.parametrize("method", ["krylov", "dense"])
+@pytest.mark.parametrize("axis", [9, 5, 0])
+def test_a_defective_map(method, axis):
+    # A nilpotent shift: its only eigenvector is the first axis, with eigenvalue zero.
+    shift = torch.diag(torch.ones(9, dtype=torch.float64), diagonal=1)
+    direction = torch.eye(10, dtype=torch.float64)[axis]
+    found = eigen_nearest(shift, direction, method=method)
+    assert abs(found.value) < 1e-6
+    assert found.vector.abs()[0] == pytest.approx(1, abs=1e-6)
+    assert found.angle_deg == pytest.approx(90 if axis else 0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "degrees"), [((100.0, 1.3), (29, 10)), ((-100.0, -2.0), (20, 5)), ((1000.0, 1.1), (29, 5)), ((20.0, -5.0), (28, 5))]
+)
+def test_a_nearer_eigenvector_is_found_behind_a_louder_one(values, degrees):
+    d = 600
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    direction = basis[:, 0]
+    planted = [math.cos(math.radians(a)) * direction + math.sin(math.radians(a)) * basis[:, 1 + i] for i, a in enumerate(degrees)]
+    vectors = torch.cat([torch.stack(planted, dim=1), basis[:, 2:]], dim=1)
+    core = torch.zeros(d, d, dtype=torch.float64)
+    core[0, 0], core[1, 1] = values
+    core[2:, 2:] = torch.randn(d - 2, d - 2, generator=generator, dtype=torch.float64) / d**0.5
+    found = eigen_nearest(vectors @ core @ torch.linalg.inv(vectors), direction)
+    assert found.converged
+    assert found.value.real == pytest.approx(values[1], rel=1e-3)
+    assert found.angle_deg == pytest.approx(degrees[1], abs=0.01)
+
+
+def test_of_a_pair_the_one_with_positive_imaginary_part():
+    turn = torch.tensor([[0.0, -2.0], [2.0, 0.0]], dtype=torch.float64)
+    for method in ("krylov", "dense"):
+        found = eigen_nearest(turn, torch.tensor([1.0, 0.0]), method=method)
+        assert found.value == pytest.approx(2j)
+        _assert_eigenpair(turn, found)
+
+
+def test_a_map_of_nan_is_refused():
+    with pytest.raises(ValueError, match="linear_map: got products that are NaN or infinite"):
+        leading_singular(torch.full((5, 5), float("nan")))
+
+
+def test_a_norm_that_is_none_has_no_balance():
+    pair = eigen_nearest(torch.eye(3), torch.ones(3))
+    for norm in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"norm: got {norm}; allowed: a positive number"):
+            pair.balance(norm)
+
+
+def test_an_exhausted_space():
     # The direction is an eigenvector: one product is enough.
     matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64))
     found = eigen_nearest(Dense(matrix), torch.tensor([0.0, -7.0, 0.0, 0.0]))

@@ -16,9 +16,10 @@ from tokenizer import save_folder
 from torch import nn
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from sd_lens.models import shards
+from sd_lens.models import checkpoint, shards
 from sd_lens.models.activations import Activation
 from sd_lens.models.checkpoint import CheckpointWeights
+from sd_lens.models.completeness import draw
 from sd_lens.models.loading import load, weights_of
 from sd_lens.models.weights import ModelWeights
 
@@ -95,6 +96,22 @@ def test_types_may_differ_from_tensor_to_tensor(tmp_path):
     assert block.ffn.norm.gain.dtype == torch.float32
     assert block.ffn.W_in.dtype == torch.float16
     assert torch.equal(block.ffn.W_in, tensors["model.layers.1.mlp.up_proj.weight"].T)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "nemotron"])
+def test_an_offset_gain_of_half_precision_is_not_rounded(tmp_path, family):
+    """What is stored is w: ``1 + w`` has more digits than its type, and is what the float32 model multiplies by."""
+    weights = weights_of(_save(zoo.hf_model(family, dtype=torch.bfloat16), tmp_path))
+    _assert_all_same(weights, weights_of(zoo.build(family, dtype=torch.bfloat16)))
+    rounded = 0
+    for got, wanted in zip(weights, weights_of(_bridge(zoo.hf_model(family, dtype=torch.bfloat16).float())), strict=True):
+        exact, gains = dict(wanted.named_tensors()), [name for name, _ in got.named_tensors() if name.endswith(".gain")]
+        assert len(gains) == (4 if family == "gemma2" else 2)
+        for name, tensor in got.named_tensors():
+            assert tensor.dtype == (torch.float32 if name in gains else torch.bfloat16), name
+            assert torch.equal(tensor.float(), exact[name]), name
+            rounded += int((tensor.bfloat16() != tensor).sum()) if name in gains else 0
+    assert rounded > 50
 
 
 def test_names_of_old_checkpoints_are_known(tmp_path):
@@ -356,6 +373,11 @@ def test_a_folder_that_holds_no_decoder_is_refused(llama, config, reason):
     path = llama / "config.json"
     path.unlink() if config is None else path.write_text(config if isinstance(config, str) else json.dumps(config))
     _refused(llama, reason)
+
+
+def test_blocks_in_several_stacks_are_refused(llama, monkeypatch):
+    monkeypatch.setattr(checkpoint, "draw", lambda folder: draw(folder)._replace(blocks=None))
+    _refused(llama, r"could not be built from its config\.json \(LlamaForCausalLM has no single stack of blocks\)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -102,6 +102,18 @@ def test_a_change_of_the_model_is_seen_through_the_weights(name):
         assert bool((tensor == 7).all()), field
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "nemotron"])
+def test_an_offset_is_added_in_float32_or_better(name, dtype):
+    model = zoo.build(name, dtype=dtype)
+    layers = model.original_model.model.layers
+    for block, layer in zip(weights_of(model), layers, strict=True):
+        assert block.attention.norm is not None
+        assert block.attention.norm.gain.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(block.attention.norm.gain.double(), (1 + layer.input_layernorm.weight.double()).detach())
+        assert block.ffn.W_out.dtype == dtype
+
+
 @mixture
 def test_a_mixture_is_rebuilt_from_the_hooks(family):
     model = zoo.cached(family.name)

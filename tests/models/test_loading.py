@@ -1,20 +1,26 @@
+import contextlib
 import inspect
 import json
 import os
+import re
 import socket
+import sys
 import warnings
 
 import pytest
 import torch
+import transformers
 import zoo
 from recording import relative_error, same_state, state
 from safetensors.torch import load_file, save_file
-from tokenizer import save_folder
+from tokenizer import save_folder, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 from sd_lens.linear.linearize import linearize
-from sd_lens.models.completeness import missing_tensors
+from sd_lens.models import loading
+from sd_lens.models.completeness import Contents, draw
 from sd_lens.models.loading import ModelStateWarning, inference, load, weights_of
+from sd_lens.models.shards import find_shards
 
 HOOKED = zoo.HookedTransformer is not None
 
@@ -217,21 +223,193 @@ def test_inference_gives_every_module_its_mode_back(raising):
     assert same_state(before, state(model))
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
-    """Loading would fill them with random numbers."""
-    folder = tmp_path / "model"
-    save_folder("llama", folder)
-    weights = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"^model: the files in .* lack model\.layers\.1\.mlp\.\w+\.weight, .*; allowed"):
+def _lacking(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def _holding(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+EXPERT, ROUTER, VALUE = (
+    f"model.layers.1.{part}.weight" for part in ("block_sparse_moe.experts.2.w3", "block_sparse_moe.gate", "self_attn.v_proj")
+)
+FITTING = torch.zeros(zoo.D_FF, zoo.D_MODEL)
+DAMAGED = {
+    "no up projection": ("llama", _lacking(UP), rf"model\.safetensors has no {UP};"),
+    "no values": ("mixtral", _lacking(VALUE), rf"model\.safetensors has no {VALUE};"),
+    "no router": ("mixtral", _lacking(ROUTER), r"model\.safetensors has no model\.layers\.1\.mlp\.gate\.weight;"),
+    "no expert": ("mixtral", _lacking(EXPERT), rf"model\.safetensors with 6 more without {EXPERT} cannot be made into"),
+    "no embedding": ("llama", _lacking("model.embed_tokens.weight"), r"has no model\.embed_tokens\.weight;"),
+    "no tied embedding": ("gpt2", _lacking("transformer.wte.weight"), r"has no transformer\.wte\.weight;"),
+    "no positions": ("gpt2", _lacking("transformer.wpe.weight"), r"has no transformer\.wpe\.weight;"),
+    "no final norm": ("mixtral", _lacking("model.norm.weight"), r"has no model\.norm\.weight;"),
+    "no head": ("llama", _lacking("lm_head.weight"), r"has no lm_head\.weight;"),
+    "another shape": ("llama", _holding(UP, torch.zeros(3, zoo.D_MODEL)), rf"{UP} of .* is \(3, 32\); allowed: \(48, 32\)"),
+    "int8": ("llama", _holding(UP, FITTING.to(torch.int8)), rf"holds {UP} as I8;"),
+    "fp8": ("mixtral", _holding(EXPERT, FITTING.to(torch.float8_e4m3fn)), rf"holds {EXPERT} as F8_E4M3;"),
+    "int8 positions": (
+        "gpt2",
+        _holding("transformer.wpe.weight", torch.zeros(zoo.CONTEXT, zoo.D_MODEL, dtype=torch.int8)),
+        r"holds transformer\.wpe\.weight as I8;",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_by_file_and_tensor(tmp_path, what):
+    """Loading would fill what is missing with random numbers."""
+    family, damage, reason = DAMAGED[what]
+    folder = save_folder(family, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^model: .*model\.safetensors.*; allowed: ") as refusal:
         load(folder)
+    assert re.search(reason, str(refusal.value))
+
+
+def test_what_weights_of_refuses_for_its_files_load_refuses_in_the_same_words(tmp_path):
+    folder = save_folder("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    said = []
+    for take in (load, weights_of):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors holds .* as F32, quantised \(gptq, says config\.json\)"
+        ) as refusal:
+            take(folder)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("family", [name for name, family in zoo.FAMILIES.items() if family.generation == "bridge"])
 def test_whole_checkpoints_lack_nothing(tmp_path, family):
-    save_folder(family, tmp_path / "model")
-    assert missing_tensors(tmp_path / "model") == []
+    folder = save_folder(family, tmp_path / "model")
+    Contents(_shards(folder), draw(folder).model).require_whole()
+
+
+def _shards(folder):
+    shards = find_shards(folder)
+    assert shards is not None
+    return shards
+
+
+UNREAD = {
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "BitNet": {},
+    "Mamba": {"state_size": 4},
+}
+
+
+def _unread(prefix, folder):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{prefix}Config")(**zoo.SIZES, **UNREAD[prefix])
+        getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", UNREAD)
+def test_a_whole_checkpoint_whose_blocks_cannot_be_read_is_loaded(tmp_path, prefix):
+    """Its norms can be traced."""
+    folder = _unread(prefix, tmp_path / "model")
+    with pytest.raises(ValueError, match="allowed: "):
+        weights_of(folder)[0]
+    model = load(folder)
+    assert model(torch.arange(3, 9)[None]).isfinite().all()
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if ".layers.1." in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^model: .*model\.safetensors has no {lost}; allowed: a checkpoint with every weight"):
+        load(folder)
+
+
+def test_blocks_in_several_stacks_are_checked_and_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "draw", lambda folder: draw(folder)._replace(blocks=None))
+    assert load(folder).cfg.n_layers == zoo.BLOCKS
+    broken = save_folder("llama", tmp_path / "model")
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop(UP)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no {UP}"):
+        load(broken)
+
+
+def test_pickled_weights_are_loaded(tmp_path):
+    folder = save_folder("llama", tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(weights_of(load(folder))[1].ffn.W_in, weights_of(zoo.cached("llama"))[1].ffn.W_in)
+
+
+@pytest.fixture
+def coded(tmp_path, monkeypatch):
+    """Makes folders with code that leaves a trace when it is run, on a machine whose user must not be asked."""
+    asked, trace = [], tmp_path / "was run"
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "y")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def make(changes):
+        folder = save_folder("llama", tmp_path / "model")
+        code = f"from pathlib import Path\nPath({str(trace)!r}).touch()\nraise RuntimeError('the code was run')\n"
+        for name in ("theirs", "modeling_openelm"):
+            (folder / f"{name}.py").write_text(code)
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    yield make, trace
+    assert asked == []
+
+
+OWN = [
+    {"model_type": "nobodys"},
+    {"model_type": "nobodys", "architectures": ["NobodysForCausalLM"]},
+    {"model_type": "vit"},  # transformers has the configuration but no decoder of the kind
+]
+
+
+@pytest.mark.parametrize("changes", OWN, ids=str)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_code_of_a_folder_is_neither_run_nor_asked_for(coded, changes, pickled):
+    make, trace = coded
+    folder = make(changes)
+    if pickled:
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"^model: 'model' needs code from its folder \(.*\); allowed: .*trust_remote_code=True"):
+        load(folder)
+    with pytest.raises(ValueError, match=r"^model: .*; allowed: "):
+        weights_of(folder)
+    assert not trace.exists()
+
+
+def test_code_that_is_not_needed_is_left_alone(coded):
+    make, trace = coded
+    folder = make({})
+    assert torch.equal(weights_of(load(folder))[1].ffn.W_in, weights_of(folder)[1].ffn.W_in)
+    assert not trace.exists()
+
+
+def test_no_adapter_imports_code_of_a_folder(coded):
+    """OpenELM's asks for its modeling file by name."""
+    make, trace = coded
+    folder = make({"architectures": ["OpenELMForCausalLM"]})
+    with contextlib.suppress(ValueError):
+        weights_of(folder)
+    assert not trace.exists()
+
+
+def test_code_that_is_trusted_is_run(coded):
+    make, trace = coded
+    folder = make({"model_type": "nobodys"})
+    with pytest.raises(ValueError, match=r"^model: 'model' could not be loaded \(the code was run\)"):
+        load(folder, trust_remote_code=True)
+    assert trace.exists()
 
 
 def test_a_truncated_file_is_refused(tmp_path):

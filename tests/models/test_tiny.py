@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sd_lens
-from sd_lens.findings import BUILT_IN_PROMPTS
 from sd_lens.models.loading import TINY
+from sd_lens.tracing.prompts import BUILT_IN_PROMPTS
 from training.measure import initial_table, prompt_ids
 
 
