@@ -12,10 +12,12 @@ Ten lines to begin with::
 
 from sd_lens.findings import Findings, analyse
 from sd_lens.linear.angles import acute_angle, mean_pairwise_angle
+from sd_lens.linear.blocks import BlockMap
 from sd_lens.linear.directions import BlockDirections, directions_of
-from sd_lens.linear.inputs import GaussianInput, measure_inputs, measure_router
+from sd_lens.linear.inputs import GaussianInput
 from sd_lens.linear.linearize import PostScales, linearize
-from sd_lens.linear.maps import BlockMap, DenseMap, LinearMap
+from sd_lens.linear.maps import DenseMap, LinearMap
+from sd_lens.linear.measured import measure_inputs, measure_router
 from sd_lens.linear.spectra import Eigenpair, SingularTriplets, eigen_nearest, leading_singular
 from sd_lens.models.check import Check, check
 from sd_lens.models.loading import ModelStateWarning, load, weights_of

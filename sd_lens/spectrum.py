@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sd_lens.linear.directions import BlockDirections, directions_of, require_options
-from sd_lens.linear.inputs import GaussianInput, Inputs, measure_inputs, measure_router
+from sd_lens.linear.inputs import GaussianInput, Inputs
 from sd_lens.linear.linearize import Estimator, PostScales
+from sd_lens.linear.measured import measure_inputs, measure_router
 from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts

@@ -8,7 +8,7 @@ from tokenizer import save_folder
 
 import sd_lens
 from sd_lens.linear.directions import directions_of
-from sd_lens.linear.inputs import measure_inputs, measure_router
+from sd_lens.linear.measured import measure_inputs, measure_router
 from sd_lens.models.loading import load, weights_of
 from sd_lens.models.planted import planted
 from sd_lens.spectrum import block_directions, measure_reference

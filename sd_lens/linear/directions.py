@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_lens.linear.blocks import BlockMap
 from sd_lens.linear.inputs import GaussianInput, Inputs, by_block, require_inputs
 from sd_lens.linear.linearize import Estimator, PostScales, linearize, require_estimator
-from sd_lens.linear.maps import BlockMap
 from sd_lens.linear.parts import NEAR, PARTS, BlockDirection, Singular, direction_row, singular_side
 from sd_lens.models.weights import ModelWeights
 

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sd_lens.linear.blocks import BlockMap
 from sd_lens.linear.gaussian import FFNFit, fit_ffn
 from sd_lens.linear.inputs import Inputs, in_words, require_inputs, resolve, root
-from sd_lens.linear.maps import AttentionMap, BlockMap, FFNMap, MoEMap
 from sd_lens.linear.moments import activation_moments
 from sd_lens.linear.sampled import require_samples, sample_fit
+from sd_lens.linear.sublayers import AttentionMap, FFNMap, MoEMap
 from sd_lens.models.activations import Activation
 from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, MoEWeights, NormWeights
 

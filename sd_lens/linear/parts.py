@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sd_lens.linear.angles import acute_angle
-from sd_lens.linear.maps import BlockMap, IdentityPlus, LinearMap
+from sd_lens.linear.blocks import BlockMap
+from sd_lens.linear.maps import IdentityPlus, LinearMap
 from sd_lens.linear.spectra import Eigenpair, eigen_nearest, leading_singular
 
 PARTS = ("attention", "ffn", "block")

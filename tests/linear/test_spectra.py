@@ -15,6 +15,7 @@ from sd_lens.linear.linearize import linearize
 from sd_lens.linear.maps import LinearMap
 from sd_lens.linear.spectra import eigen_nearest, leading_singular
 from sd_lens.models.loading import weights_of
+from sd_lens.models.planted import planted
 
 
 class Dense(LinearMap):
@@ -102,7 +103,7 @@ def test_float32_maps_of_models(name):
     for block in weights_of(zoo.cached(name)):
         found = leading_singular(linearize(block))
         u, s, _ = torch.linalg.svd(block_matrix(block))
-        assert float(found.s[0]) == pytest.approx(float(s[0]), rel=1e-5)
+        assert float(found.s[0]) == pytest.approx(float(s[0]), rel=1e-6)
         assert angle(found.u[:, 0], u[:, 0]) < 0.05
         assert found.s.dtype == torch.float64
 
@@ -265,6 +266,12 @@ def test_what_is_planted_is_found(planted_model):
     assert eigen.residual < 1e-3 * abs(eigen.value)
     # The truth's own norm is defined by what this eigenvalue cancels where the neuron is far from its threshold.
     assert eigen.balance(planted_model.norm) < 0
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 1])
+def test_what_is_planted_is_found_with_a_gate_and_any_number_of_key_value_heads(n_kv_heads):
+    # The fixture's gated model has grouped heads: here are as many key-value heads as heads, and one for all.
+    test_what_is_planted_is_found(planted("llama", n_kv_heads=n_kv_heads))
 
 
 def test_a_map_that_is_zero_has_zero_singular_values():
