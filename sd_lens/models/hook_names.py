@@ -7,6 +7,8 @@ The block-level names below exist, and mean the same, on every decoder that `Tra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def resid_pre(block: int) -> str:
     """Residual stream entering a block."""
@@ -53,6 +55,28 @@ def ffn_linear(block: int) -> str:
     return f"blocks.{block}.mlp.hook_pre_linear"
 
 
+def pos_embed() -> str:
+    """Positional embedding, where one is added to the stream: models with rotary or no positions have no such point, or never reach it."""
+    return "hook_pos_embed"
+
+
 def residual_points(n_blocks: int) -> list[str]:
     """The stream after the embedding and after each of the first ``n_blocks`` blocks: ``n_blocks + 1`` hook points."""
     return [resid_pre(0), *(resid_post(block) for block in range(n_blocks))]
+
+
+def filter_for(points: Iterable[str]) -> str:
+    """A ``names_filter`` for `run_with_cache` that keeps these hook points, as Python source.
+
+    Names of one block are listed; those that several blocks share are kept in every block, as nobody types eighty names.
+    """
+    chosen = list(dict.fromkeys(points))
+    endings: dict[str, list[str]] = {}
+    for name in chosen:
+        endings.setdefault(name.split(".", 2)[-1] if name.startswith("blocks.") else name, []).append(name)
+    if len(chosen) <= 4:
+        return repr(chosen)
+    once = [names[0] for names in endings.values() if len(names) == 1]
+    shared = [ending for ending, names in endings.items() if len(names) > 1]
+    conditions = [f"name in {once!r}"] * bool(once) + [f"name.endswith({tuple(shared)!r})"] * bool(shared)
+    return f"lambda name: {' or '.join(conditions)}"

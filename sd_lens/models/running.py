@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_lens.models import hook_names
 from sd_lens.models.batches import Batch
 from sd_lens.models.loading import inference
 from sd_lens.models.protocol import TransformerLensModel
+
+Hook = tuple[str, Callable[..., Any]]
+"""A hook point's name and a function of the activation (and, by keyword, the hook point), as ``fwd_hooks`` takes them."""
+
+
+class _BlocksDone(Exception):
+    """Ends a forward pass after the last block: the logits, which a large vocabulary makes the largest tensor of all, are not needed."""
 
 
 def run_batches(
@@ -20,6 +29,7 @@ def run_batches(
     on_batch: Callable[[Batch], Callable[[int, Tensor], None]],
     *,
     stop_at: int | None = None,
+    edits: Callable[[Batch], Sequence[Hook]] | None = None,
     progress: bool | None = None,
     label: str = "tracing",
 ) -> None:
@@ -30,17 +40,28 @@ def run_batches(
         work: The batches.
         points: Hook points.
         on_batch: Gives, for each batch, the function that is called with the number of a hook point and its activation.
-        stop_at: Run this many blocks only.
+        stop_at: Run this many blocks only; None for all of them. Nothing after the blocks is run.
+        edits: Gives, for each batch, hooks that change activations; they come before those that read them.
         progress: Whether to show a progress bar; None shows one on a terminal or in a notebook once the work takes seconds.
         label: The progress bar's.
     """
     hidden = None if progress is None else not progress
+    n_blocks: int = model.cfg.n_layers
+    early = stop_at is not None and stop_at < n_blocks
+    options = {"stop_at_layer": stop_at} if early else {}
+    # Bridges run on to the logits when asked to stop after the last block.
+    end: list[Hook] = [] if early else [(hook_names.resid_post(n_blocks - 1), _end)]
     with inference(model), tqdm(work, desc=label, unit="batch", delay=2.0, disable=hidden, leave=False) as bar:
         for batch in bar:
             receive = on_batch(batch)
-            hooks = [(name, _hand_over(receive, point)) for point, name in enumerate(points)]
-            options = {} if stop_at is None else {"stop_at_layer": stop_at}
-            model.run_with_hooks(batch.tokens.to(model.cfg.device), fwd_hooks=hooks, return_type=None, **options)
+            reading = [(name, _hand_over(receive, point)) for point, name in enumerate(points)]
+            hooks = [*(edits(batch) if edits is not None else ()), *reading, *end]
+            with suppress(_BlocksDone):
+                model.run_with_hooks(batch.tokens.to(model.cfg.device), fwd_hooks=hooks, return_type=None, **options)
+
+
+def _end(stream: Tensor, hook: Any) -> None:
+    raise _BlocksDone
 
 
 def _hand_over(receive: Callable[[int, Tensor], None], point: int) -> Callable[..., None]:

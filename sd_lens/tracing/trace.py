@@ -195,17 +195,7 @@ class NormTrace:
         n_blocks = _blocks_in(cache, model)
         streams = [cache[name] for name in hook_names.residual_points(n_blocks)]
         streams = [(stream.unsqueeze(0) if stream.ndim == 2 else stream).detach() for stream in streams]
-        tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
-        if streams[0].shape[:2] != tokens.shape:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}; allowed: the cache's, {tuple(streams[0].shape[:2])}")
-        if mask is None:
-            lengths = unpadded_lengths(model, tokens)
-            mask = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-        if mask.shape != tokens.shape:
-            raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: the tokens', {tuple(tokens.shape)}")
-        tokens, mask = tokens.cpu(), mask.cpu().bool()
-        if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError("mask: a row is not True at its first tokens and False after them; allowed: padding on the right")
+        tokens, mask = cached_tokens(streams[0].shape[:2], tokens, model=model, mask=mask)
         trace = labelled(
             torch.stack([stream_norms(stream).cpu()[mask] for stream in streams]),
             [row[keep] for row, keep in zip(tokens, mask, strict=True)],
@@ -229,6 +219,34 @@ class NormTrace:
 
     def _repr_html_(self) -> str:
         return self.plot()._repr_html_()
+
+
+def cached_tokens(
+    shape: Sequence[int], tokens: Int[Tensor, "*batch pos"], *, model: Any, mask: Bool[Tensor, "batch pos"] | None = None
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """The tokens of a cache and which of them are real, on the CPU.
+
+    Args:
+        shape: The cache's batch and positions; positions only where it has no batch dimension.
+        tokens: The token ids that it was run on.
+        model: The model it came from, for its tokenizer.
+        mask: True at real tokens; default: what `trace_norms` takes for padding.
+
+    Raises:
+        ValueError: The tokens are not as many as the cache's, or the mask is not of padding on the right.
+    """
+    tokens = (tokens.unsqueeze(0) if tokens.ndim == 1 else tokens).cpu()
+    shape = (1, *shape) if len(shape) == 1 else tuple(shape)
+    if shape != tuple(tokens.shape):
+        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}; allowed: the cache's, {shape}")
+    if mask is None:
+        mask = torch.arange(tokens.shape[1]) < unpadded_lengths(model, tokens).unsqueeze(1)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: the tokens', {tuple(tokens.shape)}")
+    mask = mask.cpu().bool()
+    if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError("mask: a row is not True at its first tokens and False after them; allowed: padding on the right")
+    return tokens, mask
 
 
 def _blocks_in(cache: CacheLike, model: Any) -> int:
