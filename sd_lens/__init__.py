@@ -19,27 +19,33 @@ from sd_lens.linear.linearize import PostScales, linearize
 from sd_lens.linear.maps import DenseMap, LinearMap
 from sd_lens.linear.measured import measure_inputs, measure_router
 from sd_lens.linear.spectra import Eigenpair, SingularTriplets, eigen_nearest, leading_singular
+from sd_lens.linear.trigger import Trigger, trigger_direction
 from sd_lens.models.check import Check, check
 from sd_lens.models.loading import ModelStateWarning, load, weights_of
 from sd_lens.models.planted import Planted, planted
 from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, ModelWeights, MoEWeights, NormWeights
 from sd_lens.reporting import report
 from sd_lens.spectrum import block_directions
-from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
+from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
+from sd_lens.tracing.components import Component
 from sd_lens.tracing.defects import Defects, HighNormToken, defect_direction, find_defects
 from sd_lens.tracing.direction import DefectDirection
 from sd_lens.tracing.monitor import NormMonitor
 from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.shares import Attribution
+from sd_lens.tracing.sublayers import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.trace import NormTrace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionWeights",
+    "Attribution",
     "BlockDirections",
     "BlockMap",
     "BlockWeights",
     "Check",
+    "Component",
     "DefectDirection",
     "Defects",
     "DenseMap",
@@ -59,9 +65,12 @@ __all__ = [
     "PostScales",
     "SingularTriplets",
     "SublayerAttribution",
+    "Trigger",
     "acute_angle",
     "analyse",
+    "attribute_norm",
     "attribute_sublayers",
+    "attribute_trigger",
     "block_directions",
     "check",
     "defect_direction",
@@ -77,5 +86,6 @@ __all__ = [
     "planted",
     "report",
     "trace_norms",
+    "trigger_direction",
     "weights_of",
 ]

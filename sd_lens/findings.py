@@ -14,10 +14,10 @@ from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.spectrum import entering_norms
-from sd_lens.tracing.attribution import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.prompts import default_prompts
+from sd_lens.tracing.sublayers import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.trace import MIN_RATIO
 
 

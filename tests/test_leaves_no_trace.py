@@ -16,10 +16,10 @@ from sd_lens.models.check import check
 from sd_lens.models.loading import weights_of
 from sd_lens.models.planted import planted
 from sd_lens.spectrum import block_directions
-from sd_lens.tracing.attribution import attribute_sublayers
 from sd_lens.tracing.defects import defect_direction, find_defects
 from sd_lens.tracing.monitor import NormMonitor
 from sd_lens.tracing.norms import measure_direction, trace_norms
+from sd_lens.tracing.sublayers import attribute_sublayers
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")  # the type checks of the test run draw random numbers
 

@@ -14,8 +14,8 @@ from sd_lens.findings import Findings
 from sd_lens.linear.directions import BlockDirections
 from sd_lens.linear.parts import BlockDirection
 from sd_lens.models.check import Check
-from sd_lens.tracing.attribution import SublayerAttribution
 from sd_lens.tracing.defects import Defects
+from sd_lens.tracing.sublayers import SublayerAttribution
 
 Record = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from sd_lens.display.style import INK, PART_COLOURS, PART_NAMES, frame
-from sd_lens.tracing.attribution import PARTS, SublayerAttribution
+from sd_lens.tracing.sublayers import PARTS, SublayerAttribution
 
 
 def sublayer_bars(attribution: SublayerAttribution) -> go.Figure:

@@ -55,6 +55,11 @@ def ffn_linear(block: int) -> str:
     return f"blocks.{block}.mlp.hook_pre_linear"
 
 
+def embed() -> str:
+    """Token embedding."""
+    return "hook_embed"
+
+
 def pos_embed() -> str:
     """Positional embedding, where one is added to the stream: models with rotary or no positions have no such point, or never reach it."""
     return "hook_pos_embed"

@@ -36,11 +36,13 @@ def _sublayers(block: Any) -> dict[str, Any]:
     return {"attn": getattr(block, "attn", None), "mlp": mlp}
 
 
-def _refuse_norms_inside(block: Any, where: str) -> None:
+def _refuse_norms_inside(block: Any, where: str, parts: tuple[str, ...] = ("attn", "mlp")) -> None:
     """Raises `ValueError` where a norm stands between a sublayer's weights: BitNet has some before its output projections."""
     # OPT has no module for its FFN, so the bridge's is the whole block, with the block's own norms.
     around = {bare(getattr(block, name, None)) for name in _NORMS}
     for part, sublayer in _sublayers(block).items():
+        if part not in parts:
+            continue
         for name, module in bare(sublayer).named_modules():
             leaf = name.removesuffix("._original_component").rpartition(".")[2]
             of_query_or_key = leaf.startswith(("q", "k")) and not leaf.startswith("kv")
@@ -123,6 +125,19 @@ class LiveWeights(ModelWeights):
 
     def __len__(self) -> int:
         return self._model.cfg.n_layers
+
+    def attention(self, block: int) -> AttentionWeights:
+        """Reads one block's attention layer, whatever its FFN is like.
+
+        Raises:
+            ValueError: The block has no attention, or one that cannot be read.
+        """
+        module: Any = self._model.blocks[block]
+        where = f"block {block}"
+        if _sublayers(module)["attn"] is None:
+            raise ValueError(f"model: {where} has no attn; allowed: blocks with one attention")
+        _refuse_norms_inside(module, where, ("attn",))
+        return _attention(module, _norms(self._model, module), where)
 
     def _read(self, block: int) -> BlockWeights:
         module: Any = self._model.blocks[block]

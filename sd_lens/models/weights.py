@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sd_lens.models.activations import Activation
@@ -47,11 +47,16 @@ class NormWeights:
         """What the centred vector is divided by."""
         return (self.center(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
+    def normalised(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The centred vector divided by its scale, before gain and bias, in float32 or better."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.center(wide) / self.scale(wide)
+
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The norm itself, in float32 or better."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        out = self.center(wide) / self.scale(wide) * self.gain.to(wide.dtype)
-        return (out if self.bias is None else out + self.bias.to(wide.dtype)).to(x.dtype)
+        out = self.normalised(x)
+        out = out * self.gain.to(out.dtype)
+        return (out if self.bias is None else out + self.bias.to(out.dtype)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -218,19 +223,28 @@ class MoEWeights:
             kept = kept / kept.sum(-1, keepdim=True)
         return torch.zeros_like(probabilities).scatter(-1, chosen, kept).to(x.dtype)
 
+    def answers(self, x: Float[Tensor, "tokens d_model"]) -> Iterator[tuple[Int[Tensor, "sent"], Float[Tensor, "sent d_model"]]]:
+        """What every expert adds to the mixture's output, one after the other; a shared expert comes last.
+
+        Args:
+            x: Normalised inputs.
+
+        Yields:
+            Which tokens an expert adds to, and what, the router's weight included.
+        """
+        for weight, expert in zip(self.route(x).unbind(-1), self.experts, strict=True):
+            sent = weight.nonzero().squeeze(-1)
+            yield sent, weight[sent].unsqueeze(-1) * expert.output(expert.hidden(x[sent]))
+        if self.shared is not None:
+            answer = self.shared.output(self.shared.hidden(x))
+            gate = 1.0 if self.W_shared_gate is None else torch.sigmoid(x @ self.W_shared_gate)
+            yield torch.arange(len(x), device=x.device), gate * answer
+
     def output(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What joins the stream (``hook_mlp_out``), given the normalised input."""
-        tokens = x.reshape(-1, x.shape[-1])
-        weights = self.route(tokens)
-        out = torch.zeros_like(tokens)
-        for weight, expert in zip(weights.unbind(-1), self.experts, strict=True):
-            sent = weight.nonzero().squeeze(-1)
-            if len(sent) > 0:
-                answer = expert.output(expert.hidden(tokens[sent]))
-                out = out.index_add(0, sent, weight[sent].unsqueeze(-1) * answer)
-        if self.shared is not None:
-            answer = self.shared.output(self.shared.hidden(tokens))
-            out = out + (answer if self.W_shared_gate is None else torch.sigmoid(tokens @ self.W_shared_gate) * answer)
+        out = torch.zeros_like(x.reshape(-1, x.shape[-1]))
+        for sent, answer in self.answers(x.reshape(-1, x.shape[-1])):
+            out = out.index_add(0, sent, answer)
         return _joining(out, self.post_norm, self.output_scale).reshape(x.shape)
 
     def __call__(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -338,6 +352,14 @@ class ModelWeights(ABC):
         if not -len(self) <= block < len(self):
             raise ValueError(f"block: got {block}; allowed: 0 to {len(self) - 1} (or negative, from the end)")
         return self._read(block % len(self))
+
+    def attention(self, block: int) -> AttentionWeights:
+        """Reads one block's attention layer, whatever its FFN is like.
+
+        Raises:
+            ValueError: The block does not exist, or its attention is not one that can be read.
+        """
+        return self[block].attention
 
     def __iter__(self) -> Iterator[BlockWeights]:
         return (self[block] for block in range(len(self)))

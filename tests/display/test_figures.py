@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, sublayer_bars
 from sd_lens.display.norm_figures import MAX_MUTED, MAX_TICKS, log_ticks
-from sd_lens.tracing.attribution import SublayerAttribution
+from sd_lens.tracing.sublayers import SublayerAttribution
 
 TOKEN_LINES = ("other tokens", "later high-norm tokens", "initial high-norm token")
 
