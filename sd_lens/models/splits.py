@@ -21,13 +21,14 @@ class _Seen:
     """A direction of the stream as a sublayer's output weights see it, through what stands behind them."""
 
     def __init__(self, layer: AttentionWeights | FFNWeights | MoEWeights, direction: Float[Tensor, "d_model"]):
-        seen = direction.float().to(_device(layer)) * layer.output_scale
+        like = wide(_output_weights(layer)[..., :0, :])
+        seen = direction.to(like) * layer.output_scale
         self._post_norm = layer.post_norm
         self.constant = 0.0
         if layer.post_norm is not None:
             if layer.post_norm.bias is not None:
-                self.constant = float(seen @ layer.post_norm.bias.float())
-            seen = layer.post_norm.center(seen * layer.post_norm.gain.float())
+                self.constant = float(seen @ layer.post_norm.bias.to(like))
+            seen = layer.post_norm.center(seen * layer.post_norm.gain.to(like))
         self.vector = seen
 
     @property
@@ -38,13 +39,18 @@ class _Seen:
     def scale(self, output: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """What the norm after the sublayer divides this output by."""
         assert self._post_norm is not None
-        return self._post_norm.scale(output.float())
+        return self._post_norm.scale(output)
 
 
-def _device(layer: AttentionWeights | FFNWeights | MoEWeights) -> torch.device:
-    if isinstance(layer, MoEWeights):
-        return layer.W_router.device
-    return (layer.W_O if isinstance(layer, AttentionWeights) else layer.W_out).device
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or better if it is better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _output_weights(layer: AttentionWeights | FFNWeights | MoEWeights) -> Tensor:
+    if isinstance(layer, AttentionWeights):
+        return layer.W_O
+    return layer.experts[0].W_out if isinstance(layer, MoEWeights) else layer.W_out
 
 
 class HeadSplit:
@@ -58,8 +64,8 @@ class HeadSplit:
     def __init__(self, attention: AttentionWeights, direction: Float[Tensor, "d_model"]):
         self._attention = attention
         self._seen = _Seen(attention, direction)
-        self._heads = einsum(attention.W_O.float(), self._seen.vector, "heads d_head d_model, d_model -> heads d_head")
-        self._bias = 0.0 if attention.b_O is None else float(attention.b_O.float() @ self._seen.vector)
+        self._heads = einsum(wide(attention.W_O), self._seen.vector, "heads d_head d_model, d_model -> heads d_head")
+        self._bias = 0.0 if attention.b_O is None else float(wide(attention.b_O) @ self._seen.vector)
 
     @property
     def n_parts(self) -> int:
@@ -78,12 +84,12 @@ class HeadSplit:
         Returns:
             What each head adds, and what the biases add.
         """
-        z = z.float()
-        parts = einsum(z if of is None else of.float(), self._heads, "... heads d_head, heads d_head -> ... heads")
+        z = wide(z)
+        parts = einsum(z if of is None else wide(of), self._heads, "... heads d_head, heads d_head -> ... heads")
         bias = torch.full_like(parts[..., 0], self._bias)
         if self._seen.needs_output:
-            out = einsum(z, self._attention.W_O.float(), "... heads d_head, heads d_head d_model -> ... d_model")
-            scale = self._seen.scale(out if self._attention.b_O is None else out + self._attention.b_O.float())
+            out = einsum(z, wide(self._attention.W_O), "... heads d_head, heads d_head d_model -> ... d_model")
+            scale = self._seen.scale(out if self._attention.b_O is None else out + wide(self._attention.b_O))
             parts, bias = parts / scale, bias / scale.squeeze(-1)
         return parts, bias + self._seen.constant
 
@@ -99,8 +105,8 @@ class NeuronSplit:
     def __init__(self, ffn: FFNWeights, direction: Float[Tensor, "d_model"]):
         self._ffn = ffn
         self._seen = _Seen(ffn, direction)
-        self._neurons = ffn.W_out.float() @ self._seen.vector
-        self._bias = 0.0 if ffn.b_out is None else float(ffn.b_out.float() @ self._seen.vector)
+        self._neurons = wide(ffn.W_out) @ self._seen.vector
+        self._bias = 0.0 if ffn.b_out is None else float(wide(ffn.b_out) @ self._seen.vector)
 
     @property
     def n_parts(self) -> int:
@@ -116,12 +122,12 @@ class NeuronSplit:
         Returns:
             What each neuron adds (activation times output row), and what the biases add.
         """
-        hidden = self._ffn.hidden(x).float()
+        hidden = wide(self._ffn.hidden(x))
         parts = hidden * self._neurons
         bias = torch.full_like(parts[..., 0], self._bias)
         if self._seen.needs_output:
-            out = hidden @ self._ffn.W_out.float()
-            scale = self._seen.scale(out if self._ffn.b_out is None else out + self._ffn.b_out.float())
+            out = hidden @ wide(self._ffn.W_out)
+            scale = self._seen.scale(out if self._ffn.b_out is None else out + wide(self._ffn.b_out))
             parts, bias = parts / scale, bias / scale.squeeze(-1)
         return parts, bias + self._seen.constant
 
@@ -153,12 +159,12 @@ class ExpertSplit:
             What each expert adds, its router's weight included (zero where a token is not sent to it), and what a norm's bias adds.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        parts = x.new_zeros(len(tokens), self.n_parts, dtype=torch.float32)
-        total = torch.zeros_like(tokens, dtype=torch.float32) if self._seen.needs_output else None
+        parts = self._seen.vector.new_zeros(len(tokens), self.n_parts)
+        total = torch.zeros_like(wide(tokens)) if self._seen.needs_output else None
         for expert, (sent, answer) in enumerate(self._mixture.answers(tokens)):
-            parts[sent, expert] = answer.float() @ self._seen.vector
+            parts[sent, expert] = wide(answer) @ self._seen.vector
             if total is not None:
-                total[sent] += answer.float()
+                total[sent] += wide(answer)
         if total is not None:
             parts = parts / self._seen.scale(total)
         parts = parts.reshape(*x.shape[:-1], self.n_parts)

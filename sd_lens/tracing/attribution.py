@@ -22,6 +22,7 @@ from sd_lens.models.batches import Batch
 from sd_lens.models.loading import weights_of
 from sd_lens.models.positions import adds_positions
 from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.splits import wide
 from sd_lens.models.tokens import Prompts
 from sd_lens.tracing.components import Parts, StreamSplit
 from sd_lens.tracing.defects import Defects, find_defects
@@ -97,7 +98,7 @@ def attribute_norm(
         if not defects.explosion_blocks:
             raise _nothing(trace, min_ratio, "block=")
         block = defects.explosion_blocks[-1] if block == "explosion" else _peak_block(defects)
-    unit = (direction.double() / torch.linalg.vector_norm(direction.double())).float().cpu()
+    unit = (direction.double() / torch.linalg.vector_norm(direction.double())).cpu()
     inside = options.blocks(default=[b for b in defects.explosion_blocks if b <= block])
     split = StreamSplit(source, unit, block, inside=inside, by_key=by_key)
     return _attribution(split, trace, "norm", unit, options)
@@ -166,14 +167,14 @@ def attribute_trigger(
     weights = weights_of(model)[block]
     if direction is None:
         direction = trigger_direction(weights).vector
-    unit = (direction.double() / torch.linalg.vector_norm(direction.double())).float().cpu()
+    unit = (direction.double() / torch.linalg.vector_norm(direction.double())).cpu()
     norm = weights.ffn.norm
     split = StreamSplit(
         source,
         unit if norm is None else norm.center(unit),
         block,
         ffn_input=True,
-        divide=None if norm is None else lambda stream: norm.scale(stream.float()),
+        divide=None if norm is None else lambda stream: norm.scale(wide(stream)),
         inside=options.blocks(default=range(block)),
         by_key=by_key,
     )
@@ -283,7 +284,7 @@ def _attribution(split: StreamSplit, trace: NormTrace, quantity: str, unit: Tens
         values=values,
         total=(sums.of("total")[kept] / counts).squeeze(1),
         inside=inside,
-        vector=unit,
+        vector=unit.float(),
         min_ratio=options.min_ratio,
     )
 
@@ -292,13 +293,14 @@ class _Sums:
     """Sums of parts by row: of many tokens in float64, of single ones as they are."""
 
     def __init__(self, n_rows: int, by_token: bool):
-        self._n_rows, self._dtype = n_rows, torch.float32 if by_token else torch.float64
+        self._n_rows, self._by_token = n_rows, by_token
         self._sums: dict[str | int, Tensor] = {}
 
     def add(self, name: str | int, rows: Tensor, values: Tensor) -> None:
+        values = values if self._by_token else values.double()
         if name not in self._sums:
-            self._sums[name] = torch.zeros(self._n_rows, values.shape[1], dtype=self._dtype)
-        self._sums[name].index_add_(0, rows, values.to(self._dtype))
+            self._sums[name] = values.new_zeros(self._n_rows, values.shape[1])
+        self._sums[name].index_add_(0, rows, values)
 
     def of(self, name: str | int) -> Tensor:
         return self._sums[name]

@@ -21,7 +21,7 @@ from sd_lens.models import hook_names
 from sd_lens.models.batches import Batch
 from sd_lens.models.loading import weights_of
 from sd_lens.models.positions import adds_positions
-from sd_lens.models.splits import ExpertSplit, HeadSplit, NeuronSplit
+from sd_lens.models.splits import ExpertSplit, HeadSplit, NeuronSplit, wide
 from sd_lens.models.weights import BlockWeights, MoEWeights
 from sd_lens.tracing.source import Source
 
@@ -103,7 +103,7 @@ class StreamSplit:
     ):
         weights = weights_of(source.model)
         self.source, self.block = source, block
-        self.vector, self.divide = vector.float(), divide
+        self.vector, self.divide = vector, divide
         # Whether, of the block itself, what its attention adds is part of the stream in question.
         attention_before = not (ffn_input and weights[block].parallel)
         self._n_ffns = block + (not ffn_input)
@@ -227,7 +227,7 @@ class _Reduction:
         else:
             stream = self._real(activation)
             if name in self._products:
-                self._reduced[name] = (stream.float() @ self._split.vector.to(stream.device)).unsqueeze(-1)
+                self._reduced[name] = self._product(stream).unsqueeze(-1)
             if name in self._streams:
                 self._kept[name] = stream
 
@@ -238,13 +238,17 @@ class _Reduction:
             self._reduced[hook_names.resid_pre(0)] -= self._reduced[positions]
         values = torch.cat([self._reduced[name].cpu() for name, _ in split.terms], dim=-1)
         stream = self._sum(split.whole)
-        whole = (stream.float() @ split.vector.to(stream.device)).cpu()
+        whole = self._product(stream).cpu()
         inside = {block: inner(self._sum(split.entering[block])).cpu() for block, inner in split.inner.items()}
         if split.divide is not None:
             divisor = split.divide(stream).cpu().reshape(-1)
             values, whole = values / divisor.unsqueeze(-1), whole / divisor
             inside = {block: units / divisor.unsqueeze(-1) for block, units in inside.items()}
         return Parts(values, whole, inside)
+
+    def _product(self, stream: Tensor) -> Tensor:
+        stream = wide(stream)
+        return stream @ self._split.vector.to(stream)
 
     def _sum(self, names: list[str]) -> Tensor:
         streams = [self._kept[name] for name in names]
