@@ -27,14 +27,22 @@ from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, M
 from sd_lens.reporting import report
 from sd_lens.spectrum import block_directions
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
+from sd_lens.tracing.census import MassiveActivations, massive_activations
 from sd_lens.tracing.components import Component
+from sd_lens.tracing.confirmation import Confirmation, confirm_in_context
 from sd_lens.tracing.defects import Defects, HighNormToken, defect_direction, find_defects
+from sd_lens.tracing.delimiters import TokenPathways, token_pathways
 from sd_lens.tracing.direction import DefectDirection
 from sd_lens.tracing.monitor import NormMonitor
 from sd_lens.tracing.norms import trace_norms
+from sd_lens.tracing.pathways import scan_vocabulary
+from sd_lens.tracing.repetition import RepeatedTokens, repeated_tokens
 from sd_lens.tracing.shares import Attribution
+from sd_lens.tracing.sinks import SinkAttention, sink_attention
 from sd_lens.tracing.sublayers import SublayerAttribution, attribute_sublayers
+from sd_lens.tracing.super_weights import SuperWeight, SuperWeights, super_weights
 from sd_lens.tracing.trace import NormTrace
+from sd_lens.tracing.vocabulary_scan import VocabularyScan
 
 __version__ = "0.1.0"
 
@@ -46,6 +54,7 @@ __all__ = [
     "BlockWeights",
     "Check",
     "Component",
+    "Confirmation",
     "DefectDirection",
     "Defects",
     "DenseMap",
@@ -55,6 +64,7 @@ __all__ = [
     "GaussianInput",
     "HighNormToken",
     "LinearMap",
+    "MassiveActivations",
     "MoEWeights",
     "ModelStateWarning",
     "ModelWeights",
@@ -63,9 +73,15 @@ __all__ = [
     "NormWeights",
     "Planted",
     "PostScales",
+    "RepeatedTokens",
     "SingularTriplets",
+    "SinkAttention",
     "SublayerAttribution",
+    "SuperWeight",
+    "SuperWeights",
+    "TokenPathways",
     "Trigger",
+    "VocabularyScan",
     "acute_angle",
     "analyse",
     "attribute_norm",
@@ -73,6 +89,7 @@ __all__ = [
     "attribute_trigger",
     "block_directions",
     "check",
+    "confirm_in_context",
     "defect_direction",
     "directions_of",
     "eigen_nearest",
@@ -80,11 +97,17 @@ __all__ = [
     "leading_singular",
     "linearize",
     "load",
+    "massive_activations",
     "mean_pairwise_angle",
     "measure_inputs",
     "measure_router",
     "planted",
+    "repeated_tokens",
     "report",
+    "scan_vocabulary",
+    "sink_attention",
+    "super_weights",
+    "token_pathways",
     "trace_norms",
     "trigger_direction",
     "weights_of",

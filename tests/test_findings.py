@@ -17,7 +17,7 @@ def initial():
 
 
 def test_an_explosion_at_the_first_position(initial):
-    what, whence = initial.sentences()
+    what, whence, *more = initial.sentences()
     assert re.fullmatch(
         r"planted has an explosion in block 1: 3 high-norm tokens \(all at position 0\) among 60 tokens of 3 prompts; the strongest, "
         r"'<\d+>' at position 0, reaches \d+\.\d times the median of the others \(norm \d+\), and the norm falls again in block 4\.",
@@ -28,7 +28,12 @@ def test_an_explosion_at_the_first_position(initial):
         r"direction of the high-norm tokens, against \d\d° or more in the blocks that neither explode nor decay\.",
         whence,
     )
-    assert repr(initial) == f"Findings({what} {whence})"
+    assert repr(initial) == f"Findings({' '.join([what, whence, *more])})"
+    assert more[0].startswith(
+        "In initial tokens, the projection on the defect direction after block 1 is written by L1 FFN (100%; its neuron 0 "
+    )
+    assert more[1].endswith(" is written by embedding (100%).")
+    assert more[2].startswith("Token ids that explode by themselves: 97 of 97 alone at position 0, 0 of 97 without attention, ")
 
 
 @pytest.mark.parametrize(
@@ -46,21 +51,21 @@ def test_high_norm_tokens_are_counted_by_position(initial, positions, who):
 
 def test_several_blocks(initial):
     defects = replace(initial.defects, explosion_blocks=(1, 4), decay_blocks=())
-    what, whence = replace(initial, defects=defects).sentences()
+    what, whence, *_more = replace(initial, defects=defects).sentences()
     assert "an explosion in blocks 1, 4:" in what
     assert "the norm does not fall again before the end." in what
     assert re.search(r"the leading left singular vectors of those blocks' linear maps are \d°, \d° from", whence)
 
 
 def test_growth_over_many_blocks(initial):
-    what, whence = replace(initial, defects=replace(initial.defects, explosion_blocks=())).sentences()
+    what, whence, *_more = replace(initial, defects=replace(initial.defects, explosion_blocks=())).sentences()
     assert what.startswith("planted has 3 high-norm tokens (all at position 0) among 60 tokens")
     assert what.endswith("but no block makes their norm in one step.")
     assert whence == "The growth of their norm is spread over several blocks."
 
 
 def test_a_model_that_cannot_be_linearised(initial):
-    _, whence = replace(initial, directions=None, no_directions_because="a reason").sentences()
+    _, whence, *_more = replace(initial, directions=None, no_directions_because="a reason").sentences()
     assert whence == "The FFN of block 1 writes 100% of its step; its linear map was not computed (a reason)."
 
 
@@ -68,7 +73,7 @@ def test_a_model_that_cannot_be_linearised(initial):
 def test_nothing_found_in_models_with_norms_after_the_sublayers_or_experts(family):
     model = zoo.FAMILIES[family].build()
     findings = analyse(model, zoo.tokens(model, 3), progress=False)
-    what, whence = findings.sentences()
+    what, whence, *_more = findings.sentences()
     assert re.match(r"No explosion was found in \w+: over 36 tokens of 3 prompts, no token's norm reaches 6 times the median", what)
     assert whence == "There is nothing to attribute."
     assert len(findings.directions.rows) == 9

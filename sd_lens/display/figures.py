@@ -1,7 +1,28 @@
 """Plotly figures of every result."""
 
+from sd_lens.display.attribution_figures import attribution_bars, attribution_groups
+from sd_lens.display.census_figures import massive_activations_figure, super_weight_bars
 from sd_lens.display.map_figures import direction_angles, eigenvalues, singular_values
 from sd_lens.display.norm_figures import norm_heatmap, norm_lines
+from sd_lens.display.pathway_figures import pathway_table_figure
+from sd_lens.display.scan_figures import scan_pathways, scan_scatter
+from sd_lens.display.sink_figures import repetition_curves, sink_heatmap
 from sd_lens.display.sublayer_figures import sublayer_bars
 
-__all__ = ["direction_angles", "eigenvalues", "norm_heatmap", "norm_lines", "singular_values", "sublayer_bars"]
+__all__ = [
+    "attribution_bars",
+    "attribution_groups",
+    "direction_angles",
+    "eigenvalues",
+    "massive_activations_figure",
+    "norm_heatmap",
+    "norm_lines",
+    "pathway_table_figure",
+    "repetition_curves",
+    "scan_pathways",
+    "scan_scatter",
+    "singular_values",
+    "sink_heatmap",
+    "sublayer_bars",
+    "super_weight_bars",
+]

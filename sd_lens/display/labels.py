@@ -43,7 +43,7 @@ def number(value: Any, digits: int = 4) -> str:
     if math.isnan(value):
         return "–"
     if float(value).is_integer() and abs(value) < 1e15:
-        return str(int(value))
+        return str(int(value)).replace("-", "−")
     return f"{value:.{digits}g}".replace("-", "−")
 
 

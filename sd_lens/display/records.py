@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
-from typing import Any
 
+from sd_lens.display.explanation_records import attribute_record, pathways_record
 from sd_lens.display.files import write_text
+from sd_lens.display.header import Record, header, plain, version
 from sd_lens.findings import Findings
 from sd_lens.linear.directions import BlockDirections
 from sd_lens.linear.parts import BlockDirection
@@ -17,15 +16,18 @@ from sd_lens.models.check import Check
 from sd_lens.tracing.defects import Defects
 from sd_lens.tracing.sublayers import SublayerAttribution
 
-Record = dict[str, Any]
-
-
-def version() -> str:
-    """The installed version of sd_lens."""
-    try:
-        return installed_version("sd-lens")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
+__all__ = [
+    "Record",
+    "attribute_record",
+    "check_record",
+    "pathways_record",
+    "report_record",
+    "spectrum_record",
+    "sublayer_record",
+    "trace_record",
+    "version",
+    "write_json",
+]
 
 
 def report_record(findings: Findings) -> Record:
@@ -33,7 +35,7 @@ def report_record(findings: Findings) -> Record:
     trace = findings.defects.trace
     shape = {"d_model": trace.d_model, "n_blocks": trace.n_blocks}
     directions = findings.directions
-    return _header("report", trace.model_name, **shape) | {
+    return header("report", trace.model_name, **shape) | {
         "sentences": list(findings.sentences()),
         "found": findings.defects.found,
         "check": check_record(findings.check, **shape),
@@ -41,6 +43,8 @@ def report_record(findings: Findings) -> Record:
         "sublayers": sublayer_record(findings.attribution, **shape),
         "spectrum": None if directions is None else spectrum_record(directions),
         "no_spectrum_because": findings.no_directions_because or None,
+        "attribute": attribute_record(findings.anatomy),
+        "pathways": pathways_record(findings.pathways),
     }
 
 
@@ -48,7 +52,7 @@ def trace_record(defects: Defects) -> Record:
     """Norms of all tokens, and what was found in them."""
     trace = defects.trace
     direction = defects.direction
-    return _header("trace", trace.model_name, trace.d_model, trace.n_blocks) | {
+    return header("trace", trace.model_name, trace.d_model, trace.n_blocks) | {
         "prompts": [
             {
                 "tokens": trace.texts_of(prompt),
@@ -71,13 +75,13 @@ def trace_record(defects: Defects) -> Record:
         ],
         "direction": None
         if direction is None
-        else {"n_tokens": direction.n_tokens, "mean_pairwise_angle_deg": _plain(direction.mean_pairwise_angle_deg)},
+        else {"n_tokens": direction.n_tokens, "mean_pairwise_angle_deg": plain(direction.mean_pairwise_angle_deg)},
     }
 
 
 def spectrum_record(directions: BlockDirections) -> Record:
     """The linear maps of all blocks."""
-    return _header("spectrum", directions.model_name, len(directions.reference), directions.n_blocks) | {
+    return header("spectrum", directions.model_name, len(directions.reference), directions.n_blocks) | {
         "reference": directions.reference_source,
         "notes": list(directions.notes),
         "blocks": [_spectrum_row(row) for row in directions.rows],
@@ -88,15 +92,15 @@ def _spectrum_row(row: BlockDirection) -> Record:
     return {
         "block": row.block,
         "part": row.part,
-        "sigma1": _plain(row.sigma1),
-        "sigma2": _plain(row.sigma2),
-        "gap": _plain(row.gap),
-        "angle_deg": _plain(row.angle_deg),
-        "eigenvalue": [_plain(row.eigenvalue.real), _plain(row.eigenvalue.imag)],
-        "eigenvector_angle_deg": _plain(row.eigenvector_angle_deg),
-        "residual": _plain(row.residual),
+        "sigma1": plain(row.sigma1),
+        "sigma2": plain(row.sigma2),
+        "gap": plain(row.gap),
+        "angle_deg": plain(row.angle_deg),
+        "eigenvalue": [plain(row.eigenvalue.real), plain(row.eigenvalue.imag)],
+        "eigenvector_angle_deg": plain(row.eigenvector_angle_deg),
+        "residual": plain(row.residual),
         "converged": row.converged,
-        "balance": None if row.balance is None else _plain(row.balance),
+        "balance": None if row.balance is None else plain(row.balance),
     }
 
 
@@ -109,10 +113,10 @@ def sublayer_record(attribution: SublayerAttribution, *, d_model: int | None = N
         n_blocks: How many blocks it has, the same.
     """
     names = ("before", "attention", "ffn", "after", "residual", "ffn_share")
-    return _header("sublayers", attribution.model_name, d_model, n_blocks) | {
+    return header("sublayers", attribution.model_name, d_model, n_blocks) | {
         "n_tokens": attribution.n_tokens,
         "blocks": [
-            {"block": share.block, "main_part": share.main_part} | {name: _plain(getattr(share, name)) for name in names}
+            {"block": share.block, "main_part": share.main_part} | {name: plain(getattr(share, name)) for name in names}
             for share in attribution.shares
         ],
     }
@@ -126,9 +130,9 @@ def check_record(check: Check, *, d_model: int | None = None, n_blocks: int | No
         d_model: The model's width, null where not given: a check does not know it.
         n_blocks: How many blocks it has, the same.
     """
-    return _header("check", check.model_name, d_model, n_blocks) | {
-        "tolerance": _plain(check.tolerance),
-        "checks": [vars(row) | {"error": None if row.error is None else _plain(row.error)} for row in check.rows],
+    return header("check", check.model_name, d_model, n_blocks) | {
+        "tolerance": plain(check.tolerance),
+        "checks": [vars(row) | {"error": None if row.error is None else plain(row.error)} for row in check.rows],
         "analyses": [{**row, "applies": bool(row["applies"])} for row in check.analyses().to_dict("records")],
     }
 
@@ -145,16 +149,6 @@ def write_json(record: Record, path: str | os.PathLike[str]) -> None:
         ValueError: The record holds what JSON cannot: NaN, infinity.
     """
     write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", path)
-
-
-def _header(command: str, model: str, d_model: int | None, n_blocks: int | None) -> Record:
-    return {"schema": f"sd_lens.{command}/1", "sd_lens": version(), "model": model, "d_model": d_model, "n_blocks": n_blocks}
-
-
-def _plain(value: float) -> float | None:
-    """A number as JSON has it: no NaN, no infinity, no numpy."""
-    value = float(value)
-    return value if math.isfinite(value) else None
 
 
 def _short(value: float) -> float | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sd_lens.anatomy import Anatomy
+from sd_lens.display.explanation_sections import attention, components, massive, scans, text_tokens, trigger
 from sd_lens.display.files import require_writable, write_text
 from sd_lens.display.fragments import environment
 from sd_lens.display.labels import number
@@ -15,8 +18,11 @@ from sd_lens.display.sections import Section, linear_maps, reading, sections
 from sd_lens.display.tokens import script_bundle
 from sd_lens.findings import Findings
 from sd_lens.linear.directions import BlockDirections
+from sd_lens.pathways import Pathways
+from sd_lens.tracing.defects import Defects
+from sd_lens.wording import finding
 
-__all__ = ["render", "render_spectrum", "require_writable", "write_page"]
+__all__ = ["render", "render_anatomy", "render_pathways", "render_spectrum", "require_writable", "write_page"]
 
 
 def render(findings: Findings) -> str:
@@ -52,20 +58,59 @@ def render_spectrum(directions: BlockDirections) -> str:
         ("blocks", str(directions.n_blocks)),
         ("d_model", str(len(directions.reference))),
         ("angles to", directions.reference_name),
-        ("sd_lens", version()),
     ]
+    built = [
+        Section("maps", "Linear maps", linear_maps(directions)),
+        Section("how-to-read", "How to read this", reading(maps=True)),
+    ]
+    return _page(directions.model_name, directions.sentences(), facts, built)
+
+
+def render_anatomy(anatomy: Anatomy) -> str:
+    """What an explosion is made of, as one HTML page.
+
+    Args:
+        anatomy: From `sd_lens.anatomy.anatomy`.
+    """
+    pieces = {
+        "components": ("Which components", components(anatomy)),
+        "trigger": ("What sets it off", trigger(anatomy)),
+        "massive": ("Massive activations", massive(anatomy)),
+    }
+    return _explanation(anatomy.defects, anatomy.sentences(), pieces)
+
+
+def render_pathways(pathways: Pathways) -> str:
+    """How tokens get to a high norm, as one HTML page.
+
+    Args:
+        pathways: From `sd_lens.pathways.pathways`.
+    """
+    pieces = {
+        "scans": ("Tokens by themselves", scans(pathways, each=True)),
+        "text-tokens": ("Two pathways", text_tokens(pathways)),
+        "attention": ("Attention sinks and repeats", attention(pathways)),
+    }
+    return _explanation(pathways.defects, pathways.sentences(), pieces)
+
+
+def _explanation(defects: Defects, sentences: tuple[str, ...], pieces: dict[str, tuple[str, Markup | None]]) -> str:
+    built = [Section(id, title, fragment) for id, (title, fragment) in pieces.items() if fragment is not None]
+    built.append(Section("how-to-read", "How to read this", reading(found=bool(defects.tokens), explained=True)))
+    return _page(defects.trace.model_name, (finding(defects), *sentences), defect_facts(defects), built, found=defects.found)
+
+
+def _page(model: str, sentences: Sequence[str], facts: list[tuple[str, str]], built: list[Section], *, found: bool = True) -> str:
+    """A page without CircuitsVis' visuals."""
     return (
         environment()
         .get_template("report.html.j2")
         .render(
-            model=directions.model_name,
-            found=True,
-            sentences=directions.sentences(),
-            facts=facts,
-            sections=[
-                Section("maps", "Linear maps", linear_maps(directions)),
-                Section("how-to-read", "How to read this", reading(maps=True)),
-            ],
+            model=model,
+            found=found,
+            sentences=sentences,
+            facts=[*facts, ("sd_lens", version())],
+            sections=built,
             version=version(),
             plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
             circuitsvis="",
@@ -75,7 +120,11 @@ def render_spectrum(directions: BlockDirections) -> str:
 
 def key_facts(findings: Findings) -> list[tuple[str, str]]:
     """Name and value of what a reader looks for first; only what applies."""
-    defects = findings.defects
+    return [*defect_facts(findings.defects), ("sd_lens", version())]
+
+
+def defect_facts(defects: Defects) -> list[tuple[str, str]]:
+    """The same of the high-norm tokens alone."""
     trace, direction = defects.trace, defects.direction
     facts = [
         ("blocks", str(trace.n_blocks)),
@@ -95,7 +144,7 @@ def key_facts(findings: Findings) -> list[tuple[str, str]]:
         spread = direction.mean_pairwise_angle_deg
         angle = "" if spread != spread else f", {spread:.1f}° apart on average"
         facts.append(("defect direction", f"mean of {direction.n_vectors} vectors{angle}"))
-    return [*facts, ("sd_lens", version())]
+    return facts
 
 
 def write_page(page: str, path: str | os.PathLike[str]) -> None:

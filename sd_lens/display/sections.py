@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from sd_lens.display import explanation_sections
 from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, singular_values, sublayer_bars
 from sd_lens.display.fragments import environment, figure, joined, paragraph, subheading, table
 from sd_lens.display.labels import visible
@@ -175,6 +176,42 @@ def linear_maps(directions: BlockDirections, defects: Defects | None = None) -> 
     return joined(pieces)
 
 
+@section("components", "Which components")
+def components(findings: Findings) -> Markup | None:
+    """The norm, split over what wrote it."""
+    return explanation_sections.components(findings.anatomy)
+
+
+@section("trigger", "What sets it off")
+def trigger(findings: Findings) -> Markup | None:
+    """The trigger, split over what wrote it."""
+    return explanation_sections.trigger(findings.anatomy)
+
+
+@section("massive", "Massive activations")
+def massive(findings: Findings) -> Markup:
+    """Massive activations and super weights."""
+    return explanation_sections.massive(findings.anatomy)
+
+
+@section("scans", "Tokens by themselves")
+def scans(findings: Findings) -> Markup:
+    """Scans of the vocabulary."""
+    return explanation_sections.scans(findings.pathways)
+
+
+@section("text-tokens", "Two pathways")
+def text_tokens(findings: Findings) -> Markup | None:
+    """What the text shows of its tokens, beside what they do by themselves."""
+    return explanation_sections.text_tokens(findings.pathways)
+
+
+@section("attention", "Attention sinks and repeats")
+def attention(findings: Findings) -> Markup:
+    """Attention to high-norm tokens, and repeated tokens."""
+    return explanation_sections.attention(findings.pathways)
+
+
 @section("high-norm-tokens", "High-norm tokens")
 def high_norm_tokens(findings: Findings) -> Markup | None:
     """The first of them, by prompt and position."""
@@ -226,9 +263,10 @@ def number_text(value: float) -> str:
 @section("how-to-read", "How to read this")
 def how_to_read(findings: Findings) -> Markup:
     """The words used, and where they come from."""
-    return reading(found=bool(findings.defects.tokens), maps=findings.directions is not None)
+    return reading(found=bool(findings.defects.tokens), maps=findings.directions is not None, explained=True)
 
 
-def reading(*, found: bool = False, maps: bool = False) -> Markup:
-    """The same, for a page that shows high-norm tokens or linear maps only."""
-    return Markup(environment().get_template("how_to_read.html.j2").render(found=found, maps=maps))
+def reading(*, found: bool = False, maps: bool = False, explained: bool = False) -> Markup:
+    """The same, for a page that shows high-norm tokens, linear maps or explanations only."""
+    page = environment().get_template("how_to_read.html.j2")
+    return Markup(page.render(found=found, maps=maps, explained=explained))

@@ -52,3 +52,18 @@ def batches(sequences: Sequence[Int[Tensor, "_"]], *, batch_tokens: int) -> list
             mask[row, :length] = True
         result.append(Batch(tokens, mask, flat))
     return result
+
+
+def equally_long(sequences: Int[Tensor, "prompt pos"], *, batch_tokens: int) -> list[Batch]:
+    """Batches of prompts of one length, in their order; views, which makes them cheap for as many as a vocabulary has ids.
+
+    Args:
+        sequences: Token ids.
+        batch_tokens: Largest number of tokens in a batch; a longer prompt makes a batch of its own.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens: got {batch_tokens}; allowed: at least 1")
+    flat = torch.arange(sequences.numel()).view_as(sequences)
+    real = torch.ones(1, 1, dtype=torch.bool).expand_as(sequences)
+    rows = max(1, batch_tokens // sequences.shape[1])
+    return [Batch(*parts) for parts in zip(*(tensor.split(rows) for tensor in (sequences, real, flat)), strict=True)]

@@ -36,7 +36,7 @@ Rows = Literal["groups", "tokens"]
 
 def attribute_norm(
     model: TransformerLensModel,
-    prompts: Prompts | None = None,
+    prompts: Prompts | Source | None = None,
     *,
     block: int | Literal["explosion", "peak"] = "explosion",
     direction: Float[Tensor, "d_model"] | None = None,
@@ -95,7 +95,7 @@ def attribute_norm(
             raise _nothing(trace, min_ratio, "direction= and block=")
         direction = trace.direction.direction
     if isinstance(block, str):
-        if not defects.explosion_blocks:
+        if not (defects.explosion_blocks if block == "explosion" else defects.tokens):
             raise _nothing(trace, min_ratio, "block=")
         block = defects.explosion_blocks[-1] if block == "explosion" else _peak_block(defects)
     unit = (direction.double() / torch.linalg.vector_norm(direction.double())).cpu()
@@ -106,7 +106,7 @@ def attribute_norm(
 
 def attribute_trigger(
     model: TransformerLensModel,
-    prompts: Prompts | None = None,
+    prompts: Prompts | Source | None = None,
     *,
     block: int | Literal["explosion"] = "explosion",
     direction: Float[Tensor, "d_model"] | None = None,
@@ -226,7 +226,7 @@ def _source(model: TransformerLensModel, prompts: Any, cache: Any, mask: Any, by
 def _nothing(trace: NormTrace, min_ratio: float, otherwise: str) -> ValueError:
     largest = float(trace.ratios[1:].nan_to_num(nan=0.0).max())
     return ValueError(
-        f"prompts: no token's norm explodes (largest ratio to the other tokens' median {largest:.1f}, threshold {min_ratio:g}); allowed: a "
+        f"prompts: no block makes a token's norm explode (largest ratio to the other tokens' median {largest:.1f}, threshold {min_ratio:g}); allowed: a "
         f"model and prompts with high-norm tokens, or {otherwise}"
     )
 

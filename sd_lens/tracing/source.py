@@ -27,7 +27,7 @@ OnBatch = Callable[[Batch], Callable[[int, Tensor], None]]
 
 
 class Source(ABC):
-    """Activations at hook points, for some prompts.
+    """Activations at hook points, for some prompts. Analyses that share one trace the prompts once.
 
     Attributes:
         model: The model they are of.
@@ -36,6 +36,17 @@ class Source(ABC):
 
     model: TransformerLensModel
     sequences: list[Int[Tensor, "_"]]
+
+    def trace(self, *, min_ratio: float = MIN_RATIO) -> NormTrace:
+        """Norms of all tokens and the defect direction; its tokens are those of `sequences`, one after the other."""
+        if self._traced is None or self._traced[0] != min_ratio:
+            self._traced = min_ratio, self._trace(min_ratio)
+        return self._traced[1]
+
+    _traced: tuple[float, NormTrace] | None = None
+
+    @abstractmethod
+    def _trace(self, min_ratio: float) -> NormTrace: ...
 
     @abstractmethod
     def run(self, points: Sequence[str], on_batch: OnBatch, *, stop_at: int | None = None, label: str = "tracing") -> None:
@@ -50,10 +61,6 @@ class Source(ABC):
         Raises:
             ValueError: The activations are not to be had.
         """
-
-    @abstractmethod
-    def trace(self, *, min_ratio: float = MIN_RATIO) -> NormTrace:
-        """Norms of all tokens and the defect direction; its tokens are those of `sequences`, one after the other."""
 
     @abstractmethod
     def require(self, points: Sequence[str]) -> None:
@@ -72,8 +79,7 @@ class PromptSource(Source):
         """Runs the model once over all prompts."""
         run_batches(self.model, self._work, points, on_batch, stop_at=stop_at, progress=self._progress, label=label)
 
-    def trace(self, *, min_ratio: float = MIN_RATIO) -> NormTrace:
-        """`trace_norms` of the prompts."""
+    def _trace(self, min_ratio: float) -> NormTrace:
         return trace_norms(
             self.model, self.sequences, min_ratio=min_ratio, batch_tokens=self._batch_tokens, progress=self._progress
         )
@@ -118,8 +124,7 @@ class CacheSource(Source):
                 activation = self._cache[name].detach()
                 receive(number, activation.unsqueeze(0) if self._bare else activation)
 
-    def trace(self, *, min_ratio: float = MIN_RATIO) -> NormTrace:
-        """`NormTrace.from_cache`."""
+    def _trace(self, min_ratio: float) -> NormTrace:
         self.require([hook_names.resid_post(0)])
         return NormTrace.from_cache(self._cache, self._tokens, model=self.model, mask=self._mask, min_ratio=min_ratio)
 
@@ -137,7 +142,7 @@ class CacheSource(Source):
 
 def source_of(
     model: TransformerLensModel,
-    prompts: Prompts | None,
+    prompts: Prompts | Source | None,
     *,
     may_need: Sequence[str],
     cache: CacheLike | None = None,
@@ -150,7 +155,8 @@ def source_of(
 
     Args:
         model: A TransformerLens model.
-        prompts: Strings or token ids; None for the built-in texts. With a cache: the token ids it was run on.
+        prompts: Strings or token ids; None for the built-in texts. With a cache: the token ids it was run on. Or a source, which is
+            given back.
         may_need: All hook points that the analysis may ask for: a cache that lacks one is met with a filter that keeps all.
         cache: An `ActivationCache` (or a dict) of these tokens; the model is not run then.
         mask: True at real tokens of a cache, False at padding; default: what `trace_norms` takes for padding.
@@ -162,10 +168,16 @@ def source_of(
         ValueError: Model or prompts are unusable; a cache comes without its tokens, or they do not fit.
     """
     require_usable(model)
+    if isinstance(prompts, Source):
+        if prompts.model is not model or cache is not None or mask is not None:
+            raise ValueError("prompts: got a source with a cache, a mask or another model; allowed: a source of this model alone")
+        return prompts
     if cache is None:
         if mask is not None:
             raise ValueError("mask: got one without a cache; allowed: with cache= only, padding of prompts is found by itself")
-        sequences = tokenize(model, default_prompts(model) if prompts is None else prompts, prepend_bos=prepend_bos)
+        sequences = tokenize(
+            model, default_prompts(model, prepend_bos=prepend_bos) if prompts is None else prompts, prepend_bos=prepend_bos
+        )
         return PromptSource(model, sequences, batch_tokens=batch_tokens, progress=progress)
     if not isinstance(prompts, Tensor):
         got = "none" if prompts is None else type(prompts).__name__

@@ -14,6 +14,8 @@ from sd_lens.display.report import render, require_writable, write_page
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SCRIPTS = {"plotly": "plotly.js v", "circuitsvis": "var CircuitsVis=(()=>"}
 
+EXPLAINED = ["components", "trigger", "massive", "scans", "text-tokens", "attention"]
+
 
 class Page(HTMLParser):
     """What a browser would make of a page: text, ids, sections, addresses, unclosed elements."""
@@ -80,7 +82,7 @@ def test_the_page_says_what_was_found_first(page, findings):
     for sentence in findings.sentences():
         assert words(sentence) in text
         assert text.index(words(sentence)) < text.index("Norms")
-    assert parsed.sections == ["norms", "tokens", "sublayers", "maps", "high-norm-tokens", "checks", "how-to-read"]
+    assert parsed.sections == ["norms", "tokens", "sublayers", "maps", *EXPLAINED, "high-norm-tokens", "checks", "how-to-read"]
     assert [link for link in parsed.links if link.startswith("#")] == [f"#{id}" for id in parsed.sections]
     for fact in (
         "d_model 64",
@@ -116,7 +118,7 @@ def test_hard_tokens_are_text(findings):
 def test_where_nothing_was_found_the_page_says_so_and_leaves_out_the_rest(not_found):
     parsed = Page(render(not_found))
     text = words(parsed.text)
-    assert parsed.sections == ["norms", "tokens", "maps", "checks", "how-to-read"]
+    assert parsed.sections == ["norms", "tokens", "maps", "massive", "scans", "attention", "checks", "how-to-read"]
     assert text.index("No explosion was found") < text.index("Norms")
     assert "explosion blocks" not in text
     assert "balance" not in text

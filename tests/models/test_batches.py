@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_lens.models.batches import batches
+from sd_lens.models.batches import batches, equally_long
 
 
 def numbered(lengths):
@@ -44,3 +44,16 @@ def test_a_batch_is_filled_and_a_long_prompt_stands_alone():
 def test_a_batch_holds_at_least_one_token(batch_tokens):
     with pytest.raises(ValueError, match=f"^batch_tokens: got {batch_tokens}; allowed: at least 1"):
         batches(numbered([3]), batch_tokens=batch_tokens)
+
+
+def test_batches_of_equally_long_prompts_are_views_in_order():
+    sequences = torch.arange(22).reshape(11, 2)
+    for batch_tokens, rows in ((100, 11), (22, 11), (9, 4), (2, 1), (1, 1)):
+        work = equally_long(sequences, batch_tokens=batch_tokens)
+        assert max(len(batch.tokens) for batch in work) == rows
+        assert torch.equal(torch.cat([batch.tokens for batch in work]), sequences)
+        assert torch.equal(torch.cat([batch.flat for batch in work]).flatten(), torch.arange(22))
+        assert all(bool(batch.mask.all()) and batch.mask.shape == batch.tokens.shape for batch in work)
+        assert all(batch.tokens.untyped_storage().data_ptr() == sequences.untyped_storage().data_ptr() for batch in work)
+    with pytest.raises(ValueError, match=r"^batch_tokens: got 0; allowed: at least 1"):
+        equally_long(sequences, batch_tokens=0)

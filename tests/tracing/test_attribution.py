@@ -255,7 +255,7 @@ def test_without_an_explosion_nothing_is_claimed():
     model, prompts = zoo.cached("llama"), ragged(zoo.VOCAB, (6, 8))
     for run in (attribute_norm, attribute_trigger):
         with pytest.raises(
-            ValueError, match=r"^prompts: no token's norm explodes \(largest ratio .* threshold 6\); allowed: .*block="
+            ValueError, match=r"^prompts: no block makes a token's norm explode \(largest ratio .* threshold 6\); allowed: .*block="
         ):
             run(model, prompts)
 
