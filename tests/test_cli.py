@@ -116,6 +116,82 @@ def test_spectrum_sampled_and_measured(run, tmp_path):
     assert "FFN fitted to a Gaussian with diagonal covariance, measured on " in out
 
 
+def test_attribute_names_who_writes_the_norm_and_what_sets_it_off(run, tmp_path):
+    code, out, err = run("attribute", "tiny", "--json", "attribute.json", "--out", "page.html", "--top", "4")
+    assert code == 0, err
+    assert "is written by L2 FFN (78%; its neuron 205 alone 31%) and L1 FFN (17%)" in out
+    assert "is written by L1 FFN (69%; its neuron 51 alone 63%) and L0 FFN (29%; its neuron 184 alone 17%)" in out
+    assert "MassiveActivations(tiny: none in 265 tokens)" in out
+    assert "SuperWeights(tiny: none in block 2)" in out
+    record = json.loads((tmp_path / "attribute.json").read_text())
+    assert (record["schema"], record["found"], record["block"], record["group"]) == ("sd_lens.attribute/1", True, 2, "initial")
+    for split in (record, record["trigger"]):
+        whole = [part["value"] for part in split["parts"] if part["kind"] in ("embed", "head", "bias", "ffn")]
+        assert sum(whole) == pytest.approx(split["total"], rel=1e-5)
+        assert abs(split["residual"]) < 1e-5 * abs(split["total"])
+        assert [group["group"] for group in split["groups"]] == ["initial", "other"]
+    assert {"kind": "neuron", "block": 2, "index": 205}.items() <= next(p for p in record["parts"] if p["kind"] == "neuron").items()
+    assert record["super_weights"] == []
+    assert record["massive_activations"]["n_found"] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "What writes the norm of initial tokens in tiny after block 2" in page
+    assert sorted(os.listdir(tmp_path)) == ["attribute.json", "page.html"]
+
+
+def test_pathways_names_the_tokens_that_explode(run, tmp_path):
+    code, out, err = run("pathways", "--json", "pathways.json", "--out", "page.html", "--top", "3")
+    assert code == 0, err
+    assert "Token ids that explode by themselves: 1 of 1024 alone at position 0, 1 of 1024 without attention" in out
+    assert "sink rate 0.278 at position 0" in out
+    record = json.loads((tmp_path / "pathways.json").read_text())
+    assert record["schema"] == "sd_lens.pathways/1"
+    for pathway in ("initial", "no_attention", "second"):
+        found = record[pathway]
+        assert (found["block"], found["n_scanned"], found["n_exploding"]) == (2, 1024, 1)
+        assert found["top"][0]["token"] == "<s>"
+        assert found["top"][0]["ratio"] > 12 > 3 > found["top"][1]["ratio"]
+        assert found["control"]["share_exploding"] < 0.01
+    assert [row["pathway"] for row in record["tokens"] if row["high_initial"]] == ["self"]
+    assert record["sinks"]["sink_rate"] == pytest.approx(0.278, abs=1e-3)
+    assert len(record["sinks"]["heads"]) == 24
+    assert "1,024 token ids of tiny" in (tmp_path / "page.html").read_text()
+
+
+def test_a_sample_on_one_pathway(run, tmp_path):
+    code, _out, _ = run("pathways", "--pathway", "second", "--max-ids", "200", "--text", "One. Two.", "--json", "some.json")
+    assert code == 0
+    record = json.loads((tmp_path / "some.json").read_text())
+    assert record["second"]["n_scanned"] == 200
+    assert "initial" not in record
+
+
+def test_where_nothing_explodes_that_is_the_answer(run, tmp_path):
+    code, out, err = run("attribute", "--min-ratio", "100", "--json", "nothing.json")
+    assert code == 0, err
+    assert "No explosion was found in tiny" in out
+    assert "(norm: no explosion was found)" in out
+    record = json.loads((tmp_path / "nothing.json").read_text())
+    assert (record["found"], record["total"], record["parts"], record["trigger"]) == (False, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (("attribute", "--block", "first"), "--block: got 'first'; allowed: 'explosion', 'peak' or a whole number"),
+        (("attribute", "--block", "6"), "block: got 6; allowed: 0 to 5"),
+        (("attribute", "--min-ratio", "1"), "min_ratio: got 1.0; allowed: above 1"),
+        (("attribute", "--out", "nowhere/page.html"), "--out"),
+        (("pathways", "--pathway", "third"), "--pathway: got 'third'; allowed: initial, no_attention, second"),
+        (("pathways", "--block", "7"), "block: got 7; allowed: 0 to 5"),
+        (("pathways", "--max-ids", "0"), "--max-ids"),
+        (("pathways", "--text", "a", "--prompts-file", "x.txt"), "--text, --prompts-file: got both"),
+    ],
+)
+def test_bad_options_of_attribute_and_pathways(run, tmp_path, words, needle):
+    assert_bad_input(run(*words), needle)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("words", "needle"),
     [

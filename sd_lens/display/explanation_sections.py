@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
+import plotly.graph_objects as go
 from markupsafe import Markup
 
 from sd_lens.anatomy import NOTHING, Anatomy
+from sd_lens.display import fragments
 from sd_lens.display.figures import (
     attribution_bars,
     attribution_groups,
@@ -17,7 +19,7 @@ from sd_lens.display.figures import (
     sink_heatmap,
     super_weight_bars,
 )
-from sd_lens.display.fragments import figure, joined, paragraph, subheading, table
+from sd_lens.display.fragments import joined, paragraph, subheading, table
 from sd_lens.display.labels import visible
 from sd_lens.pathways import Pathways
 from sd_lens.tracing.shares import Attribution
@@ -25,6 +27,11 @@ from sd_lens.tracing.shares import Attribution
 MAX_ROWS = 20
 MAX_BARS = 10
 _PLACES = {"initial": "alone at position 0", "no_attention": "alone, without attention", "second": "after a random other token"}
+
+
+def figure(drawn: go.Figure, name: str) -> Markup:
+    """A figure that scrolls on narrow screens: labels of points and rows would overlap if it shrank."""
+    return fragments.figure(drawn, name, min_width=640)
 
 
 def components(anatomy: Anatomy) -> Markup | None:

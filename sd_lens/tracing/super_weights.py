@@ -272,15 +272,17 @@ class _Sweep:
         self.points = [hook_names.resid_pre(self.block), hook_names.mlp_out(self.block)]
         if not weights.parallel:
             self.points.insert(1, hook_names.attn_out(self.block))
-        self._ffn, self._high, self._min_share, self._min_energy = weights.ffn, high, min_share, min_energy
+        self._ffn, self._device = weights.ffn, weights.attention.W_O.device
+        self._high, self._min_share, self._min_energy = high, min_share, min_energy
         self._largest_hidden, self._largest_output = torch.zeros(len(high)), torch.zeros(len(high))
         self._hits: list[_Hit] = []
 
     def add(self, batch: Batch, entering: Float[Tensor, "batch pos d_model"], written: Float[Tensor, "batch pos d_model"]) -> None:
         """Takes in what the FFN reads of the stream and what it adds to it."""
-        mask, flat = batch.mask.to(entering.device), batch.flat[batch.mask]
+        entering, written = entering.to(self._device), written.to(self._device)  # a cache may be kept elsewhere
+        mask, flat = batch.mask.to(self._device), batch.flat[batch.mask]
         entering, written = entering[mask], wide(written[mask])
-        high = self._high[flat].to(entering.device)
+        high = self._high[flat].to(self._device)
         energy = written**2 / (written**2).sum(-1, keepdim=True).clamp(min=torch.finfo(written.dtype).tiny)
         heavy = (energy >= self._min_energy) & high.unsqueeze(-1)
         factor = torch.ones_like(written)

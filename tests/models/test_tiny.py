@@ -84,3 +84,26 @@ def test_the_cards_table_is_what_is_measured(tiny):
 
 def test_folder_is_small():
     assert sum(path.stat().st_size for path in Path(TINY).iterdir()) < 4 * 2**20
+
+
+def test_the_pathway_told_in_docs_tiny(findings):
+    """The numbers of docs/tiny.md, whose sentences would be wrong with others."""
+    norm, trigger = findings.anatomy.norm, findings.anatomy.trigger
+    assert (norm.block, norm.rows[norm.main].label, norm.rows[norm.main].n_tokens) == (2, "initial", 6)
+    shares = {name: share for name, share in norm.top(3)[["name", "share"]].itertuples(index=False)}
+    assert shares == pytest.approx({"L2 FFN": 0.782, "L1 FFN": 0.169, "L0 FFN": 0.043}, abs=1e-3)
+    neurons = norm.top(4, inside=2)
+    assert neurons["name"].tolist() == ["L2N205", "L2N259", "L2N14", "L2N179"]
+    assert float(neurons["value"].sum()) == pytest.approx(0.98 * norm.part("ffn", 2), rel=5e-3)
+    heads = norm.to_dataframe().query("kind == 'head' and label == 'initial'")
+    assert float(heads.share.sum()) == pytest.approx(0.007, abs=1e-3)
+    assert float(trigger.total[trigger.main]) == pytest.approx(8.72, abs=0.01)
+    assert trigger.part("ffn", 1) == pytest.approx(6.02, abs=0.01)
+    assert trigger.part("neuron", 1, 51) == pytest.approx(5.47, abs=0.01)
+    assert trigger.top(3, inside=0)["name"].tolist() == ["L0N184", "L0N203", "L0N166"]
+    assert not findings.anatomy.massive.found
+    assert not findings.anatomy.super_weights.rows
+    for scan, ratio in zip(findings.pathways.scans, (13.3, 13.0, 12.9), strict=True):
+        assert scan.self_exploding().token.tolist() == ["<s>"]
+        assert float(scan.self_exploding().ratio.iloc[0]) == pytest.approx(ratio, abs=0.1)
+    assert findings.pathways.sinks.sink_rate == pytest.approx(0.278, abs=1e-3)
