@@ -17,6 +17,7 @@ from torch import Tensor
 from sd_lens.linear.trigger import trigger_direction
 from sd_lens.models.embeddings import embedding_norms, joining_norm, trained_ids
 from sd_lens.models.loading import require_usable, weights_of
+from sd_lens.models.positions import adds_positions
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.tracing.alone import Alone, Target
@@ -55,7 +56,7 @@ def scan_vocabulary(
     Args:
         model: A TransformerLens model.
         pathway: ``"initial"``: every id alone, at position 0, without BOS. ``"no_attention"``: the same with what attention adds set to
-            zero in every block. ``"second"``: every id after a random other one.
+            zero in every block; where the model adds a positional embedding, at position 1. ``"second"``: every id after a random other one.
         ids: Which ids, each once; default: all.
         block: The block after which norms are taken; default: the explosion block that the prompts show, the last of several. If they
             show none, all blocks are run, and the scan settles on the first after which the largest ratio of a trained id is within a
@@ -103,6 +104,9 @@ def scan_vocabulary(
     defects = find_defects(trace, min_ratio=min_ratio)
     alone = Alone(model, with_attention=pathway != "no_attention", batch_tokens=batch_tokens, progress=progress)
     sequences = scanned.unsqueeze(1)
+    if pathway == "no_attention" and adds_positions(model):
+        # What is added for position 0 can make any token explode there. Without attention the token before makes no difference.
+        sequences = sequences.expand(-1, 2)
     if pathway == "second":
         sequences = torch.stack([_others(scanned, trained, seed), scanned], dim=1)
     notes: list[str] = []

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import zoo
+from culprits import culprit
 from dense import ffn_matrix
 from recording import same_state, state
 from streams import ragged
@@ -80,9 +81,15 @@ def test_norms_and_coefficients_are_those_of_each_id_alone(family):
         # The less its singular value stands out, the less sure a vector is.
         assert float(scan.coefficients[place]) == pytest.approx(float(wanted), abs=1e-4 * sensitivity)
 
+    learned = family.removeprefix("hooked_") in (
+        "gpt2",
+        "gpt2_quick_gelu",
+        "opt",
+    )  # positions, and then not the one that is like no other
     for place, token in enumerate(IDS.tolist()):
+        embedded = cached(model, [token, token])["blocks.0.hook_resid_pre"][1 if learned else 0]
+        agrees(scans["no_attention"], place, *without_attention(weights, embedded))
         cache = cached(model, [token])
-        agrees(scans["no_attention"], place, *without_attention(weights, cache["blocks.0.hook_resid_pre"][0]))
         agrees(scans["initial"], place, entering_ffn(weights[1], cache)[-1], cache["blocks.1.hook_resid_post"][-1])
         cache = cached(model, [int(scans["second"].others[place]), token])
         agrees(scans["second"], place, entering_ffn(weights[1], cache)[-1], cache["blocks.1.hook_resid_post"][-1])
@@ -190,7 +197,8 @@ def test_random_embeddings_run_as_if_they_were_the_vocabularys(family, pathway, 
         cache = cached(model, [*others.tolist(), free])
         wanted = cache["blocks.1.hook_resid_post"][-1]
         if pathway == "no_attention":
-            wanted = without_attention([weights_of(model)[0], weights_of(model)[1]], cache["blocks.0.hook_resid_pre"][0])[1]
+            assert len(others) == 1  # position 0 of a model with learned positions is like no other
+            wanted = without_attention([weights_of(model)[0], weights_of(model)[1]], cache["blocks.0.hook_resid_pre"][1])[1]
         assert float(scan.control[number]) == pytest.approx(float(wanted.norm()), rel=1e-5)
 
 
@@ -469,3 +477,12 @@ def test_half_precision(dtype):
         assert got.coefficients.dtype == torch.float32
         torch.testing.assert_close(got.norms, wanted.norms, rtol=0.05, atol=0)
         torch.testing.assert_close(got.coefficients, wanted.coefficients, rtol=0.05, atol=0.1)
+
+
+def test_a_loud_position_0_makes_no_id_explode_by_itself():
+    """Without attention too, a learned position 0 can set any id off; that is not the id's doing."""
+    truth = culprit("position", "gpt2")
+    scans = {pathway: scan_vocabulary(truth.model, pathway, block=truth.block, control=0) for pathway in PATHWAYS}
+    assert scans["initial"].share_exploding == 1
+    assert len(scans["no_attention"].self_exploding()) == 0
+    assert len(scans["second"].self_exploding()) == 0
