@@ -142,7 +142,7 @@ def time_table(names: Sequence[str], rounds: int) -> str:
         full, blocks, ids, scan = times.values()
         ideal = model.cfg.n_layers / (case.block + 1)
         cells = [
-            f"{model.cfg.model_name}: {model.cfg.n_layers} blocks, stops after block {case.block}",
+            f"{model.cfg.model_name}; stops after block {case.block} of 0 to {model.cfg.n_layers - 1}",
             str(model.cfg.d_vocab),
             *map(_seconds, times.values()),
             f"{blocks / ids:.2f}",

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
+from sd_lens.tracing.arguments import require_block
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
 from sd_lens.tracing.census import MassiveActivations, massive_activations
 from sd_lens.tracing.defects import Defects, find_defects
@@ -82,6 +83,7 @@ def anatomy(
     *,
     block: int | Literal["explosion", "peak"] = "explosion",
     neurons: bool = True,
+    by_key: bool = False,
     prepend_bos: bool | None = None,
     min_ratio: float = MIN_RATIO,
     batch_tokens: int = 4096,
@@ -94,6 +96,7 @@ def anatomy(
         prompts: Strings or token ids; default: built-in texts.
         block: Where norms are split, see `attribute_norm`.
         neurons: Whether to split FFNs over their neurons or experts.
+        by_key: Whether to split heads by what they take from the token itself and from others.
         prepend_bos: Passed to the tokenisation of strings; None is the model's default.
         min_ratio: Least norm of a high-norm token, as a multiple of the other tokens' median.
         batch_tokens: Largest number of tokens run at once.
@@ -110,17 +113,18 @@ def anatomy(
     """
     source = source_of(model, prompts, may_need=(), prepend_bos=prepend_bos, batch_tokens=batch_tokens, progress=progress)
     n_blocks = int(model.cfg.n_layers)
-    if isinstance(block, int) and not 0 <= block < n_blocks:
-        raise ValueError(f"block: got {block}; allowed: 0 to {n_blocks - 1}, 'explosion', 'peak'")
+    require_block(block, n_blocks, names=("explosion", "peak"))
     defects = find_defects(source.trace(min_ratio=min_ratio), min_ratio=min_ratio)
     missing: dict[str, str] = {}
-    options: dict[str, Any] = {"neurons": neurons, "min_ratio": min_ratio}
+    options: dict[str, Any] = {"neurons": neurons, "by_key": by_key, "min_ratio": min_ratio}
     at: int | Literal["explosion"] = block if isinstance(block, int) else "explosion"
-    found = defects.found and defects.direction is not None
+    # High-norm tokens whose norm no single block makes still have a direction, and can be split after a block that is named.
+    has_norm = defects.direction is not None and (defects.found or block != "explosion")
+    has_trigger = defects.found or (isinstance(block, int) and bool(defects.tokens))
     return Anatomy(
         defects=defects,
-        norm=attempt("norm", missing, lambda: attribute_norm(model, source, block=block, **options), found),
-        trigger=attempt("trigger", missing, lambda: attribute_trigger(model, source, block=at, **options), found),
+        norm=attempt("norm", missing, lambda: attribute_norm(model, source, block=block, **options), has_norm),
+        trigger=attempt("trigger", missing, lambda: attribute_trigger(model, source, block=at, **options), has_trigger),
         massive=massive_activations(model, source),
         super_weights=attempt("super_weights", missing, lambda: super_weights(model, source, min_ratio=min_ratio)),
         missing=missing,

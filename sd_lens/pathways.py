@@ -96,19 +96,20 @@ def pathways(
     defects = find_defects(source.trace(min_ratio=min_ratio), min_ratio=min_ratio)
     if block is None and defects.found:
         block = defects.explosion_blocks[-1]  # so that no scan has to look for it again
-    shared: dict[str, Any] = {"block": block, "min_ratio": min_ratio, "batch_tokens": batch_tokens, "progress": progress}
-    scans = tuple(
-        scan_vocabulary(model, pathway, ids=ids, prompts=source.sequences, seed=seed, **shared) for pathway in dict.fromkeys(which)
-    )
+    run: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+    shared: dict[str, Any] = {"block": block, "min_ratio": min_ratio, **run}
+    scans = tuple(scan_vocabulary(model, pathway, ids=ids, prompts=source, seed=seed, **shared) for pathway in dict.fromkeys(which))
     missing: dict[str, str] = {}
     candidates = next((scan for scan in scans if scan.pathway == "no_attention"), scans[0])
     exploding = len(candidates.self_exploding())
     return Pathways(
         defects=defects,
         scans=scans,
-        confirmation=confirm_in_context(model, candidates, k=min(exploding, 10), seed=seed) if exploding else None,
+        confirmation=confirm_in_context(model, candidates, k=min(exploding, 10), seed=seed, prepend_bos=prepend_bos, **run)
+        if exploding
+        else None,
         tokens=token_pathways(model, source, block=block, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress),
-        repeated=repeated_tokens(model, block=scans[0].block, batch_tokens=batch_tokens, seed=seed, progress=progress),
+        repeated=repeated_tokens(model, block=scans[0].block, min_ratio=min_ratio, prepend_bos=prepend_bos, seed=seed, **run),
         sinks=attempt("sinks", missing, lambda: sink_attention(model, source, min_ratio=min_ratio)),
         missing=missing | ({} if exploding else {"confirmation": "no id explodes by itself"}),
     )
@@ -118,7 +119,6 @@ def _sample(source: Source, vocabulary: int, most: int, seed: int) -> Tensor | N
     """The ids of the text and a sample of the others; None for all, where they are not too many."""
     if vocabulary <= most:
         return None
-    seen = torch.cat(source.sequences).unique()[:most]
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))
-    others = order[~torch.isin(order, seen)]
-    return torch.cat([seen, others[: most - len(seen)]]).sort().values
+    in_text = torch.isin(order, torch.cat(source.sequences))
+    return torch.cat([order[in_text], order[~in_text]])[:most].sort().values

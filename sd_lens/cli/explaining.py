@@ -39,6 +39,9 @@ def attribute(
         ),
     ] = "explosion",
     neurons: Annotated[bool, typer.Option(help="Split FFNs over their neurons, or experts.")] = True,
+    by_key: Annotated[
+        bool, typer.Option("--by-key", help="Split heads by what they take from the token itself and from others.")
+    ] = False,
     top: Top = 10,
     min_ratio: MinRatio = 6.0,
     batch_tokens: BatchTokens = 4096,
@@ -53,7 +56,7 @@ def attribute(
     at: Any = block if block in ("explosion", "peak") else _number("--block", block, "'explosion', 'peak' or a whole number")
     prompts = given_prompts(text, prompts_file)
     loaded = boot(model, device, dtype)
-    found = anatomy(loaded, prompts, block=at, neurons=neurons, min_ratio=min_ratio, batch_tokens=batch_tokens)
+    found = anatomy(loaded, prompts, block=at, neurons=neurons, by_key=by_key, min_ratio=min_ratio, batch_tokens=batch_tokens)
     for sentence in (finding(found.defects), *found.sentences()):
         typer.echo(sentence)
     for split, name in ((found.norm, "projection on the defect direction"), (found.trigger, "trigger coefficient")):

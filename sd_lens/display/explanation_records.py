@@ -11,12 +11,13 @@ from sd_lens.anatomy import Anatomy
 from sd_lens.display.header import Record, header, plain
 from sd_lens.pathways import Pathways
 from sd_lens.tracing.defects import Defects
+from sd_lens.tracing.repetition import RepeatedTokens
 from sd_lens.tracing.shares import Attribution
 from sd_lens.tracing.vocabulary_scan import VocabularyScan
 
 # Of the many neurons of an FFN, and the many ids of a text or vocabulary, so many are written.
 MOST = 50
-_COLUMNS = ["kind", "block", "index", "value", "share"]
+_COLUMNS = ["kind", "block", "index", "keys", "value", "share"]
 
 
 def attribute_record(anatomy: Anatomy) -> Record:
@@ -66,7 +67,11 @@ def pathways_record(pathways: Pathways) -> Record:
         **{scan.pathway: _scan(scan) for scan in pathways.scans},
         "confirmation": None if pathways.confirmation is None else _rows(pathways.confirmation.to_dataframe()),
         "tokens": _rows(pathways.tokens.to_dataframe().head(MOST)),
-        "repeated": {"block": pathways.repeated.block, "rows": _rows(pathways.repeated.summary())},
+        "repeated": {
+            "block": pathways.repeated.block,
+            "largest_ratio": _largest(pathways.repeated),
+            "rows": _rows(pathways.repeated.summary()),
+        },
         "sinks": None
         if sinks is None
         else {
@@ -74,10 +79,18 @@ def pathways_record(pathways: Pathways) -> Record:
             "epsilon": sinks.epsilon,
             "T": sinks.T,
             "key": sinks.key,
+            "n_prompts": sinks.n_prompts,
+            "n_short": sinks.n_short,
             "heads": _rows(sinks.to_dataframe()),
         },
         "missing": dict(pathways.missing),
     }
+
+
+def _largest(repeated: RepeatedTokens) -> float | None:
+    """The largest norm of a repeat relative to the first token's, which does not count itself."""
+    ratios = repeated.ratios if repeated.prefix else repeated.ratios[:, 1:]
+    return plain(float(ratios.max())) if ratios.numel() else None
 
 
 def _scan(scan: VocabularyScan) -> Record:

@@ -45,7 +45,8 @@ class Trigger:
             entering: The stream entering the FFN.
 
         Returns:
-            ``⟨x, v0⟩`` with ``x`` the normalised stream before the gain, between ``-√d`` and ``√d``; random streams have about 1.
+            ``⟨x, v0⟩`` with ``x`` the normalised stream before the gain, between ``-√d`` and ``√d``; random streams have about 1. (Where
+            no norm stands before the FFN, as in OLMo 2, ``x`` is the stream itself, of any length.)
         """
         x = normalised(weights.ffn, entering)
         return x @ self.vector.to(x)

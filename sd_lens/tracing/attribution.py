@@ -24,6 +24,7 @@ from sd_lens.models.positions import adds_positions
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.splits import wide
 from sd_lens.models.tokens import Prompts
+from sd_lens.tracing.arguments import require_block, require_blocks
 from sd_lens.tracing.components import Parts, StreamSplit
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.groups import GROUPS, group_of
@@ -57,9 +58,11 @@ def attribute_norm(
 
     Args:
         model: A TransformerLens model.
-        prompts: Strings or token ids; default: built-in texts. With ``cache``, the token ids it was run on.
+        prompts: Strings or token ids; default: built-in texts. With ``cache``, the token ids it was run on. Or a `Source`, which several
+            analyses may share.
         block: The block after which the stream is split; default: the explosion block, the last where there are several;
-            ``"peak"``: the first after which the projection is within 1 % of its largest, so that all blocks up to the peak are parts.
+            ``"peak"``: the first after which the projection on the measured direction is within 1 % of its largest, so that all blocks up
+            to the peak are parts.
         direction: The direction; default: the defect direction measured on the prompts. It is scaled to length 1.
         rows: ``"groups"``: means over initial tokens, delimiters (later tokens with a high norm) and others, of which only sums are
             kept. ``"tokens"``: every token by itself, which takes one number per token and component.
@@ -128,7 +131,8 @@ def attribute_trigger(
 
     Args:
         model: A TransformerLens model.
-        prompts: Strings or token ids; default: built-in texts. With ``cache``, the token ids it was run on.
+        prompts: Strings or token ids; default: built-in texts. With ``cache``, the token ids it was run on. Or a `Source`, which several
+            analyses may share.
         block: The block; default: the explosion block, where there are several the one that adds most.
         direction: What to take in place of ``v0``, in the normalised stream before the gain. It is scaled to length 1.
         rows: ``"groups"`` or ``"tokens"``, see `attribute_norm`.
@@ -195,11 +199,11 @@ class _Options:
         if cfg is None:
             return  # no model at all, which the source says
         n_blocks, width = int(cfg.n_layers), int(cfg.d_model)
-        chosen = list(self.neurons) if not isinstance(self.neurons, bool) else []
-        for name, value in [("block", block)] * (block not in names) + [("neurons", number) for number in chosen]:
-            if not isinstance(value, int) or not 0 <= value < n_blocks:
-                words = ", ".join(map(repr, names)) if name == "block" else "True, False"
-                raise ValueError(f"{name}: got {value!r}; allowed: 0 to {n_blocks - 1}, {words}")
+        require_block(block, n_blocks, names=names)
+        if not isinstance(self.neurons, bool):
+            require_blocks(self.neurons, n_blocks, otherwise="True or False", argument="neurons")
+        if direction is not None and not isinstance(direction, Tensor):
+            raise ValueError(f"direction: got {type(direction).__name__}; allowed: a tensor of {width} numbers")
         if direction is not None:
             norm = float(torch.linalg.vector_norm(direction.double()))
             if direction.shape != (width,) or not 0 < norm < float("inf"):
@@ -258,10 +262,12 @@ def _attribution(split: StreamSplit, trace: NormTrace, quantity: str, unit: Tens
         rows = row_of[batch.flat[batch.mask]]
         sums.add("values", rows, parts.values)
         sums.add("total", rows, parts.whole.unsqueeze(1))
-        for block, units in parts.inside.items():
-            sums.add(block, rows, units)
+        for block in split.inner:  # one block's neurons at a time
+            sums.add(block, rows, parts.inside(block))
 
     split.run(add)
+    if not sums.seen:
+        raise ValueError(f"model: a run does not reach all of {', '.join(split.points[:5])}, ...; allowed: a model that does")
     if by_token:
         kept = torch.arange(n_rows)
         places = zip(trace.texts, group.tolist(), trace.prompt.tolist(), trace.position.tolist(), strict=True)
@@ -297,10 +303,18 @@ class _Sums:
         self._sums: dict[str | int, Tensor] = {}
 
     def add(self, name: str | int, rows: Tensor, values: Tensor) -> None:
-        values = values if self._by_token else values.double()
         if name not in self._sums:
-            self._sums[name] = values.new_zeros(self._n_rows, values.shape[1])
-        self._sums[name].index_add_(0, rows, values)
+            dtype = values.dtype if self._by_token else torch.float64
+            self._sums[name] = torch.zeros(self._n_rows, values.shape[1], dtype=dtype)
+        if self._by_token:
+            self._sums[name][rows] = values
+            return
+        for row in rows.unique().tolist():
+            self._sums[name][row] += values[rows == row].sum(0, dtype=torch.float64)
+
+    @property
+    def seen(self) -> bool:
+        return bool(self._sums)
 
     def of(self, name: str | int) -> Tensor:
         return self._sums[name]

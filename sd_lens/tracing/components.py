@@ -4,7 +4,8 @@ The stream after a block is the sum of the embedding, of the positional embeddin
 far added: ``resid_post = resid_pre + attn_out + mlp_out`` at every block. An attention layer's part is in turn the sum over its
 heads and its bias. So the product of the stream with any vector splits over these components, and what is left of it is rounding.
 
-Nothing is kept but one number per token and component of a batch: each activation meets its vector inside the hook.
+Nothing is kept but one number per token and component of a batch: each activation meets its vector inside the hook. Of blocks whose FFNs
+are split further, the stream that the FFN reads is kept to the end of the batch.
 """
 
 from __future__ import annotations
@@ -66,12 +67,13 @@ class Parts:
     Attributes:
         values: One column per component.
         whole: What they should add up to, measured at a hook point of its own.
-        inside: For each FFN that was asked for, one column per neuron or expert and a last one for its biases.
+        inside: Gives, for the block of an FFN that was asked for, one column per neuron or expert and a last one for its biases. They are
+            computed when asked for, so that one block's are there at a time.
     """
 
     values: Float[Tensor, "token component"]
     whole: Float[Tensor, "token"]
-    inside: dict[int, Float[Tensor, "token unit"]]
+    inside: Callable[[int], Float[Tensor, "token unit"]]
 
 
 class StreamSplit:
@@ -239,11 +241,14 @@ class _Reduction:
         values = torch.cat([self._reduced[name].cpu() for name, _ in split.terms], dim=-1)
         stream = self._sum(split.whole)
         whole = self._product(stream).cpu()
-        inside = {block: inner(self._sum(split.entering[block])).cpu() for block, inner in split.inner.items()}
-        if split.divide is not None:
-            divisor = split.divide(stream).cpu().reshape(-1)
+        divisor = None if split.divide is None else split.divide(stream).cpu().reshape(-1)
+
+        def inside(block: int) -> Tensor:
+            units = split.inner[block](self._sum(split.entering[block])).cpu()
+            return units if divisor is None else units.div_(divisor.unsqueeze(-1))
+
+        if divisor is not None:
             values, whole = values / divisor.unsqueeze(-1), whole / divisor
-            inside = {block: units / divisor.unsqueeze(-1) for block, units in inside.items()}
         return Parts(values, whole, inside)
 
     def _product(self, stream: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts, decode_each
 from sd_lens.tracing.alone import Alone
+from sd_lens.tracing.arguments import require_block
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.source import Source, source_of
 from sd_lens.tracing.trace import MIN_RATIO, CacheLike, NormTrace, require_ratio
@@ -174,8 +175,8 @@ def token_pathways(
     require_usable(model)
     require_ratio(min_ratio)
     n_blocks: int = model.cfg.n_layers
-    if block is not None and not 0 <= block < n_blocks:
-        raise ValueError(f"block: got {block}; allowed: 0 to {n_blocks - 1}")
+    if block is not None:
+        require_block(block, n_blocks)
     source = source_of(
         model,
         prompts,

@@ -21,9 +21,11 @@ from sd_lens.models.positions import adds_positions
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.tracing.alone import Alone, Target
+from sd_lens.tracing.arguments import require_block
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.prompts import default_prompts
+from sd_lens.tracing.source import Source
 from sd_lens.tracing.trace import MIN_RATIO, require_ratio
 from sd_lens.tracing.vocabulary_scan import PATHWAYS, Pathway, VocabularyScan
 
@@ -40,7 +42,7 @@ def scan_vocabulary(
     ids: Int[Tensor, "id"] | Sequence[int] | None = None,
     block: int | None = None,
     min_ratio: float = MIN_RATIO,
-    prompts: Prompts | None = None,
+    prompts: Prompts | Source | None = None,
     control: int = 1024,
     batch_tokens: int = 4096,
     seed: int = 0,
@@ -51,7 +53,7 @@ def scan_vocabulary(
     All pathways are compared with one number: the norm of ordinary tokens in a text, with attention as it is. Of the alternatives for
     ``"no_attention"``, the median over the ids would hide an explosion that most of them have, and means nothing for a few ids; the
     median over the text's tokens without attention can be smaller, by a quarter in a small model without any high norm, where some id
-    then comes close to counting as exploding (5.1 times that median, instead of 4.2 times the one used).
+    then comes close to counting as exploding (5.1 times that median, instead of 3.8 times the one used).
 
     Args:
         model: A TransformerLens model.
@@ -87,8 +89,8 @@ def scan_vocabulary(
     if pathway not in PATHWAYS:
         raise ValueError(f"pathway: got {pathway!r}; allowed: {', '.join(map(repr, PATHWAYS))}")
     n_blocks: int = model.cfg.n_layers
-    if block is not None and not 0 <= block < n_blocks:
-        raise ValueError(f"block: got {block}; allowed: 0 to {n_blocks - 1}")
+    if block is not None:
+        require_block(block, n_blocks)
     for name, value, least in (("control", control, 0), ("batch_tokens", batch_tokens, 1)):
         if value < least:
             raise ValueError(f"{name}: got {value}; allowed: at least {least}")
@@ -98,9 +100,11 @@ def scan_vocabulary(
     if not bool(trained.any()):
         raise ValueError("model: all of its embeddings are zero; allowed: a model with embeddings")
 
-    texts = default_prompts(model) if prompts is None else prompts
-    stop = None if block is None else block + 1
-    trace = trace_norms(model, texts, stop_at=stop, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress)
+    if isinstance(prompts, Source):
+        trace = prompts.trace(min_ratio=min_ratio)
+    else:
+        texts, stop = default_prompts(model) if prompts is None else prompts, None if block is None else block + 1
+        trace = trace_norms(model, texts, stop_at=stop, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress)
     defects = find_defects(trace, min_ratio=min_ratio)
     alone = Alone(model, with_attention=pathway != "no_attention", batch_tokens=batch_tokens, progress=progress)
     sequences = scanned.unsqueeze(1)

@@ -23,6 +23,7 @@ from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import run_batches
 from sd_lens.models.tokens import decode_each
+from sd_lens.tracing.arguments import require_block
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.prompts import default_prompts
@@ -190,8 +191,8 @@ def repeated_tokens(
     require_usable(model)
     require_ratio(min_ratio)
     n_blocks: int = model.cfg.n_layers
-    if block is not None and not 0 <= block < n_blocks:
-        raise ValueError(f"block: got {block}; allowed: 0 to {n_blocks - 1}")
+    if block is not None:
+        require_block(block, n_blocks)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: got {batch_tokens}; allowed: at least 1")
     prefix = _prefix(model, prepend_bos)

@@ -131,8 +131,10 @@ class Attribution:
             Columns name, kind, block, index, value and share (of the whole quantity), largest first.
 
         Raises:
-            ValueError: There is no such row, or the block's FFN was not split.
+            ValueError: ``k`` is below 1, there is no such row, or the block's FFN was not split.
         """
+        if k < 1:
+            raise ValueError(f"k: got {k}; allowed: at least 1")
         number = self.row(row)
         components, values = self.components, self.values
         if inside is not None:

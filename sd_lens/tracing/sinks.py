@@ -199,6 +199,9 @@ def sink_attention(
         progress=progress,
     )
     source.require(needed)
+    longest = max(map(len, source.sequences))
+    if longest <= key:
+        raise ValueError(f"key: got {key}; allowed: 0 to {longest - 1}, a position that some prompt has")
     if isinstance(source, PromptSource):
         _require_patterns(model, source.sequences[0][:1], points)
     trace = source.trace(min_ratio=min_ratio)

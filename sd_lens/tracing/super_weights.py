@@ -25,6 +25,7 @@ from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.splits import wide
 from sd_lens.models.tokens import Prompts
 from sd_lens.models.weights import BlockWeights, FFNWeights, MoEWeights
+from sd_lens.tracing.arguments import require_blocks
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.source import Source, source_of
 from sd_lens.tracing.trace import MIN_RATIO, CacheLike, NormTrace, require_ratio
@@ -190,9 +191,10 @@ def super_weights(
     for name, share in (("min_share", min_share), ("min_energy", min_energy)):
         if not 0 < share <= 1:
             raise ValueError(f"{name}: got {share}; allowed: above 0, up to 1")
-    if blocks is not None and not (len(blocks) > 0 and all(0 <= block < n_blocks for block in blocks)):
-        raise ValueError(f"blocks: got {list(blocks)}; allowed: some of 0 to {n_blocks - 1}, or None for the explosion blocks")
-    asked = range(n_blocks) if blocks is None else sorted(set(blocks))
+    otherwise = "or None for the explosion blocks"
+    asked = range(n_blocks) if blocks is None else sorted(set(require_blocks(blocks, n_blocks, otherwise=otherwise)))
+    if not asked:
+        raise ValueError(f"blocks: got none; allowed: some of 0 to {n_blocks - 1}, {otherwise}")
     points = [
         name for block in asked for name in (hook_names.resid_pre(block), hook_names.attn_out(block), hook_names.mlp_out(block))
     ]

@@ -168,7 +168,7 @@ class VocabularyScan:
         if self.control is not None:
             parts.append(f"random embeddings {100 * self.control_share:.3g} %")
         if not self.explosion_found:
-            parts.append("no explosion in the prompts")
+            parts.append("no explosion in the prompts up to there")
         return f"VocabularyScan({self.model_name}, {self.pathway}: {'; '.join(parts)})"
 
     def _repr_html_(self) -> str:

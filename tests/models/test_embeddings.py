@@ -20,7 +20,7 @@ def test_norms_of_the_rows_and_of_what_joins_the_stream(family, monkeypatch):
     names = ["blocks.0.hook_resid_pre", *(["hook_pos_embed"] if "hook_pos_embed" in model.hook_dict else [])]
     seen = record(model, torch.arange(zoo.VOCAB)[:, None], names)
     joining = seen["blocks.0.hook_resid_pre"] - seen.get("hook_pos_embed", torch.zeros(()))
-    for batch_tokens in (4096, 9):
+    for batch_tokens in (4096, 60):
         mean = joining_norm(model, torch.arange(zoo.VOCAB), batch_tokens=batch_tokens)
         assert mean == pytest.approx(float(joining.double().norm(dim=-1).mean()), rel=1e-6)
 

@@ -266,7 +266,10 @@ def test_without_an_explosion_nothing_is_claimed():
         ({"block": 6}, "block: got 6; allowed: 0 to 5, 'explosion', 'peak'"),
         ({"block": "decay"}, "block: got 'decay'; allowed: 0 to 5, 'explosion', 'peak'"),
         ({"rows": "heads"}, "rows: got 'heads'; allowed: 'groups', 'tokens'"),
-        ({"neurons": [9]}, "neurons: got 9; allowed: 0 to 5, True, False"),
+        ({"block": True}, "block: got True; allowed: 0 to 5, 'explosion', 'peak'"),
+        ({"neurons": [9]}, "neurons: got 9; allowed: 0 to 5"),
+        ({"neurons": 3}, "neurons: got 3; allowed: some of 0 to 5, True or False"),
+        ({"direction": [1.0, 2.0]}, "direction: got list; allowed: a tensor of 64 numbers"),
         ({"neurons": [3]}, "neurons: got block 3; allowed: 0 to 1, whose FFNs are among the parts"),
         ({"direction": torch.ones(5)}, "direction: got shape (5,) and norm 2.23607; allowed: 64 finite numbers"),
         ({"direction": torch.zeros(64)}, "direction: got shape (64,) and norm 0; allowed: 64 finite numbers"),
@@ -300,6 +303,8 @@ def test_the_result_reads_well():
     groups = frame[~frame.kind.isin(["neuron", "expert", "ffn_bias"])].groupby("label").value.sum()
     summary = result.summary().set_index("label")
     assert groups.to_dict() == pytest.approx((summary.total - summary.residual).to_dict())
+    with pytest.raises(ValueError, match=r"^k: got 0; allowed: at least 1"):
+        result.top(0)
     with pytest.raises(ValueError, match=r"^row: got 'newline'; allowed: 0 to 1, or 'initial', 'other'"):
         result.top(row="newline")
     with pytest.raises(ValueError, match=r"^inside: got 0; allowed: 1"):

@@ -7,11 +7,9 @@ from culprits import culprit
 from dense import ffn_matrix
 from recording import same_state, state
 from streams import ragged
-from tokenizer import with_tokenizer
 
 from sd_lens.models.loading import load, weights_of
 from sd_lens.models.planted import planted
-from sd_lens.tracing import pathways
 from sd_lens.tracing.alone import Alone
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
@@ -155,7 +153,16 @@ def test_an_untrained_model_has_none(family):
         scan = scan_vocabulary(model, pathway, control=64)
         assert scan.self_exploding().empty
         assert (scan.share_exploding, scan.control_share, scan.explosion_found) == (0, 0, False)
-        assert repr(scan).endswith("random embeddings 0 %; no explosion in the prompts)")
+        assert repr(scan).endswith("random embeddings 0 %; no explosion in the prompts up to there)")
+
+
+def test_a_loud_position_0_makes_no_id_explode_by_itself():
+    """Without attention too, a learned position 0 can set any id off; that is not the id's doing."""
+    truth = culprit("position", "gpt2")
+    scans = {pathway: scan_vocabulary(truth.model, pathway, block=truth.block, control=0) for pathway in PATHWAYS}
+    assert scans["initial"].share_exploding == 1
+    assert len(scans["no_attention"].self_exploding()) == 0
+    assert len(scans["second"].self_exploding()) == 0
 
 
 # --- random embeddings -----------------------------------------------------------------------------------------------
@@ -266,27 +273,6 @@ def test_what_ids_come_after():
             assert float(few.norms[place]) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_untrained_ids_are_scanned_but_not_ranked():
-    truth = planted("gpt2", pathway="embedding")
-    with torch.no_grad():
-        truth.model.W_E[[10, 11]] = 0.0
-        truth.model.W_E[96] *= 0.05  # still all trigger once it is normed
-    scan = scan_vocabulary(truth.model, "no_attention", block=1, control=0)
-    assert (~scan.trained).nonzero().flatten().tolist() == [10, 11, 96]
-    assert float(scan.ratios[96]) > 6
-    assert scan.self_exploding().empty
-    assert scan.share_exploding == 0
-    assert not {10, 11, 96} & set(scan.top(97).id)
-    assert len(scan.top(97)) == 94
-    assert repr(scan).startswith("VocabularyScan(planted, no_attention: 0 of 94 trained ids")
-    frame = scan.to_dataframe()
-    assert frame.id.tolist() == list(range(97))
-    assert frame.trained.tolist() == scan.trained.tolist()
-    only = scan_vocabulary(truth.model, ids=[10, 96], control=0)
-    assert only.top().empty
-    assert math.isnan(only.share_exploding)
-
-
 def test_the_block_is_the_last_explosion_blocks_of_the_prompts():
     truth = planted("llama", pathway="embedding", explosion_block=2)
     with_trigger = torch.tensor([[1, 2, 96, 4, 5, 6]])
@@ -323,69 +309,6 @@ def test_it_settles_on_ratios_and_on_the_first_of_blocks_that_hardly_differ():
     assert 0.9 * ratios[1] < ratios[0] < ratios[1]
     assert after[0].norms.max() < 0.9 * after[2].norms.max()
     assert scan_vocabulary(model, control=0).block == 0
-
-
-def test_no_later_block_is_run_and_batches_are_bounded():
-    model, ran = zoo.cached("llama"), []
-    hooks = [(f"blocks.{b}.hook_resid_post", lambda x, hook, b=b: ran.append((b, tuple(x.shape[:2])))) for b in range(3)]
-    with model.hooks(fwd_hooks=[*hooks, ("unembed.hook_out", lambda x, hook: pytest.fail("logits were computed"))]):
-        scan_vocabulary(model, "second", block=1, control=20, batch_tokens=10, prompts=ragged(zoo.VOCAB, (5, 5)))
-        assert {block for block, _ in ran} == {0, 1}
-        assert max(batch * pos for _, (batch, pos) in ran) == 10
-        ran.clear()
-        scan_vocabulary(model, "initial", control=0, prompts=ragged(zoo.VOCAB, (5, 5)))
-
-
-# --- the result ----------------------------------------------------------------------------------------------------------
-
-
-def test_tables():
-    model = with_tokenizer("llama")
-    scan = scan_vocabulary(model, ids=[40, 10, 5, 99], block=0, control=0)
-    order = scan.norms.argsort(descending=True)
-    top = scan.top(3)
-    assert top.columns.tolist() == ["rank", "id", "token", "norm", "ratio", "coefficient"]
-    assert top["rank"].tolist() == [1, 2, 3]
-    assert top.id.tolist() == scan.ids[order[:3]].tolist()
-    assert top.token.tolist() == [model.tokenizer.decode([token]) for token in top.id]
-    assert top.norm.tolist() == scan.norms[order[:3]].tolist()
-    assert top.ratio.tolist() == pytest.approx((scan.norms[order[:3]] / scan.reference).tolist())
-    by_coefficient = scan.top(1, by="coefficient")
-    assert by_coefficient.coefficient.tolist() == [float(scan.coefficients.max())]
-    frame = scan.to_dataframe()
-    assert frame.id.tolist() == [40, 10, 5, 99]
-    assert frame.columns.tolist() == [*top.columns[1:], "trained"]
-    least = float(scan.ratios.sort().values[2])
-    if least > 1:
-        assert len(scan.self_exploding(least - 1e-6)) == 2
-    second = scan_vocabulary(model, "second", ids=[40, 10, 5, 99], block=0, control=0)
-    row = second.top(1).iloc[0]
-    place = second.ids.tolist().index(row.id)
-    assert row.after == model.tokenizer.decode([int(second.others[place])])
-    assert row.initial_norm == float(second.initial_norms[place])
-    assert row.initial_ratio == pytest.approx(float(second.initial_norms[place]) / second.reference)
-    assert row.initial_coefficient == float(second.initial_coefficients[place])
-    assert "tokenizer" not in repr(scan)
-    for k in (0, -3):
-        with pytest.raises(ValueError, match=f"^k: got {k}; allowed: at least 1"):
-            scan.top(k)
-    with pytest.raises(ValueError, match=r"^min_ratio: got 1\.0; allowed: above 1"):
-        scan.self_exploding(1.0)
-
-
-def test_a_block_that_cannot_be_linearised_has_no_coefficients(monkeypatch):
-    def refuse(weights):
-        raise ValueError("model: it has no such thing; allowed: others")
-
-    monkeypatch.setattr(pathways, "trigger_direction", refuse)
-    scan = scan_vocabulary(zoo.cached("llama"), "second", ids=[4, 5], block=1, control=0)
-    assert scan.notes == ("no coefficients: model: it has no such thing; allowed: others",)
-    assert bool(scan.coefficients.isnan().all())
-    assert bool(scan.initial_coefficients.isnan().all())
-    assert bool(torch.isfinite(scan.initial_norms).all())
-    with pytest.raises(ValueError, match=r"^by: got 'coefficient' of a scan without coefficients"):
-        scan.top(by="coefficient")
-    assert len(scan.top()) == 2
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------
@@ -438,17 +361,6 @@ def test_weights_that_are_not_usable_are_refused():
         scan_vocabulary(model, "second")
 
 
-def test_an_id_whose_stream_overflows_is_named():
-    model = zoo.build("gpt2", dtype=torch.float16)
-    with torch.no_grad():
-        model.W_E[50] = 6e4
-        weights_of(model)[0].ffn.b_out[3] = 7e3
-    prompts = torch.arange(3, 13).reshape(1, 10)
-    assert scan_vocabulary(model, ids=[49, 51], block=0, prompts=prompts, control=0).norms.isfinite().all()
-    with pytest.raises(ValueError, match=r"^model: its residual stream is NaN or infinite after block 0 \(id 50 at position 0\)"):
-        scan_vocabulary(model, ids=[49, 50, 51], block=0, prompts=prompts, control=0)
-
-
 @pytest.mark.usefixtures("as_users_run_it")  # the type checks draw random numbers themselves
 def test_nothing_is_left_behind():
     for family in ("llama", "gpt2"):
@@ -466,23 +378,3 @@ def test_nothing_is_left_behind():
         assert torch.equal(torch.get_rng_state(), random)
         with torch.no_grad():
             assert torch.equal(model(tokens), logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
-    full, half = zoo.build("llama"), zoo.build("llama", dtype=dtype)
-    for pathway in PATHWAYS:
-        wanted, got = (scan_vocabulary(model, pathway, ids=IDS, block=1, control=0) for model in (full, half))
-        assert got.norms.dtype == torch.float32
-        assert got.coefficients.dtype == torch.float32
-        torch.testing.assert_close(got.norms, wanted.norms, rtol=0.05, atol=0)
-        torch.testing.assert_close(got.coefficients, wanted.coefficients, rtol=0.05, atol=0.1)
-
-
-def test_a_loud_position_0_makes_no_id_explode_by_itself():
-    """Without attention too, a learned position 0 can set any id off; that is not the id's doing."""
-    truth = culprit("position", "gpt2")
-    scans = {pathway: scan_vocabulary(truth.model, pathway, block=truth.block, control=0) for pathway in PATHWAYS}
-    assert scans["initial"].share_exploding == 1
-    assert len(scans["no_attention"].self_exploding()) == 0
-    assert len(scans["second"].self_exploding()) == 0

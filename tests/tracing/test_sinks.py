@@ -163,11 +163,8 @@ def test_the_sink_rate_is_taken_prompt_by_prompt():
     assert late.sink_share[0].tolist() == [0, 1, 1, 0]
     assert (late.n_prompts, late.n_short) == (1, 0)
 
-    never = sink_attention(model, tokens, cache=cache, mask=mask, T=9, key=8)
-    assert never.n_prompts == 0
-    assert never.alpha.isnan().all()
-    assert math.isnan(never.sink_rate)
-    assert never.sink_heads == []
+    with pytest.raises(ValueError, match=r"^key: got 8; allowed: 0 to 4, a position that some prompt has$"):
+        sink_attention(model, tokens, cache=cache, mask=mask, T=9, key=8)
 
 
 def test_an_alpha_of_epsilon_is_no_sink():
