@@ -65,6 +65,16 @@ def pos_embed() -> str:
     return "hook_pos_embed"
 
 
+def entering_ffn(block: int, *, parallel: bool) -> list[str]:
+    """What adds up to the stream that a block's FFN reads, which has no hook point of its own on every architecture.
+
+    Args:
+        block: The block.
+        parallel: Whether attention and FFN read the same stream (`BlockWeights.parallel`).
+    """
+    return [resid_pre(block)] if parallel else [resid_pre(block), attn_out(block)]
+
+
 def residual_points(n_blocks: int) -> list[str]:
     """The stream after the embedding and after each of the first ``n_blocks`` blocks: ``n_blocks + 1`` hook points."""
     return [resid_pre(0), *(resid_post(block) for block in range(n_blocks))]

@@ -16,7 +16,7 @@ from sd_lens.models.embeddings import in_place_of_embedding
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import Hook, run_batches
 from sd_lens.models.weights import BlockWeights
-from sd_lens.tracing.trace import stream_norms
+from sd_lens.tracing.trace import not_finite, stream_norms
 
 
 class Target(NamedTuple):
@@ -95,10 +95,7 @@ class Alone:
         last, length = blocks[-1], sequences.shape[1]
         norms = torch.empty(len(blocks), *sequences.shape)
         coefficients = torch.full(sequences.shape, float("nan"))
-        # The stream that enters the FFN has no hook point of its own on every architecture: it is what these add up to.
-        terms = [] if target is None else [hook_names.resid_pre(last)]
-        if target is not None and not target.weights.parallel:
-            terms.append(hook_names.attn_out(last))
+        terms = [] if target is None else hook_names.entering_ffn(last, parallel=target.weights.parallel)
 
         def on_batch(batch: Batch) -> Callable[[int, Tensor], None]:
             seen: list[Tensor] = []
@@ -135,7 +132,4 @@ def _require_finite(norms: Tensor, blocks: Sequence[int], sequences: Tensor | No
     if len(bad):
         at, row, pos = bad[0].tolist()
         of = "a random embedding" if sequences is None else f"id {int(sequences[row, pos])} at position {pos}"
-        raise ValueError(
-            f"model: its residual stream is NaN or infinite after block {blocks[at]} ({of}); allowed: finite weights, and a dtype that "
-            "holds the stream (float16 ends at 65504)"
-        )
+        raise not_finite(f"block {blocks[at]} ({of})")

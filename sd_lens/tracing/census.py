@@ -22,7 +22,7 @@ from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts, decode_each
 from sd_lens.tracing.source import Source, source_of
-from sd_lens.tracing.trace import CacheLike
+from sd_lens.tracing.trace import CacheLike, not_finite
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -223,10 +223,7 @@ def _prompts_above(
     # Largest magnitudes are exact in any precision, and padding does not count.
     peaks = torch.linalg.vector_norm(stream, ord=float("inf"), dim=-1).masked_fill(~mask, 0.0)
     if not bool(torch.isfinite(peaks).all()):
-        raise ValueError(
-            f"model: its residual stream is NaN or infinite after block {block}; allowed: finite weights, and a dtype that holds the "
-            "stream (float16 ends at 65504)"
-        )
+        raise not_finite(f"block {block}")
     peaks = peaks.to(torch.promote_types(peaks.dtype, torch.float32))  # bfloat16 would round what they are compared with
     return (peaks.amax(dim=1) > min_value).nonzero().flatten().tolist()
 

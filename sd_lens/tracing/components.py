@@ -117,8 +117,9 @@ class StreamSplit:
         self.by_key = by_key
         self.inner = {b: _Inner(weights[b], vector) for b in sorted(set(inside))}
         self._positions = adds_positions(source.model)
-        self.entering = {b: _entering(b, attention=not inner.block.parallel) for b, inner in self.inner.items()}
-        self.whole = _entering(block, attention=attention_before) if ffn_input else [hook_names.resid_post(block)]
+        self.entering = {b: hook_names.entering_ffn(b, parallel=inner.block.parallel) for b, inner in self.inner.items()}
+        ffn_reads = hook_names.entering_ffn(block, parallel=not attention_before)
+        self.whole = ffn_reads if ffn_input else [hook_names.resid_post(block)]
         self.points = self._points()
         source.require(self.points)
 
@@ -179,11 +180,6 @@ class StreamSplit:
             return receive
 
         self.source.run(self.points, on_batch, stop_at=self.block + 1, label=label)
-
-
-def _entering(block: int, *, attention: bool) -> list[str]:
-    """The hook points that add up to the stream entering a block's FFN."""
-    return [hook_names.resid_pre(block)] + [hook_names.attn_out(block)] * attention
 
 
 class _Inner:

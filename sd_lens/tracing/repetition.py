@@ -27,7 +27,7 @@ from sd_lens.tracing.arguments import require_block
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.prompts import default_prompts
-from sd_lens.tracing.trace import MIN_RATIO, NormTrace, require_ratio, stream_norms
+from sd_lens.tracing.trace import MIN_RATIO, NormTrace, not_finite, require_ratio, stream_norms
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -221,10 +221,7 @@ def repeated_tokens(
     run_batches(model, work, points, reduce, stop_at=block + 1, progress=progress, label="repeats")
     table = norms.view(len(chosen), -1)
     if not bool(torch.isfinite(table).all()):
-        raise ValueError(
-            f"model: its residual stream is NaN or infinite after block {block}; allowed: finite weights, and a dtype that holds the stream "
-            "(float16 ends at 65504)"
-        )
+        raise not_finite(f"block {block}")
     return RepeatedTokens(
         model_name=trace.model_name,
         block=block,

@@ -271,9 +271,7 @@ class _Sweep:
 
     def __init__(self, weights: BlockWeights, high: Bool[Tensor, "token"], min_share: float, min_energy: float):
         self.block = weights.block
-        self.points = [hook_names.resid_pre(self.block), hook_names.mlp_out(self.block)]
-        if not weights.parallel:
-            self.points.insert(1, hook_names.attn_out(self.block))
+        self.points = [*hook_names.entering_ffn(self.block, parallel=weights.parallel), hook_names.mlp_out(self.block)]
         self._ffn, self._device = weights.ffn, weights.attention.W_O.device
         self._high, self._min_share, self._min_energy = high, min_share, min_energy
         self._largest_hidden, self._largest_output = torch.zeros(len(high)), torch.zeros(len(high))

@@ -278,10 +278,15 @@ def require_finite(trace: NormTrace) -> None:
     if len(bad):
         point, token = bad[0].tolist()
         where = "the embedding" if point == 0 else f"block {point - 1}"
-        raise ValueError(
-            f"model: its residual stream is NaN or infinite after {where} (prompt {int(trace.prompt[token])}, position "
-            f"{int(trace.position[token])}); allowed: finite weights, and a dtype that holds the stream (float16 ends at 65504)"
-        )
+        raise not_finite(f"{where} (prompt {int(trace.prompt[token])}, position {int(trace.position[token])})")
+
+
+def not_finite(where: str) -> ValueError:
+    """What is raised where the residual stream is NaN or infinite, for instance after ``"block 3"``."""
+    return ValueError(
+        f"model: its residual stream is NaN or infinite after {where}; allowed: finite weights, and a dtype that holds the stream "
+        "(float16 ends at 65504)"
+    )
 
 
 def stream_norms(stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
