@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sd_lens.linear.linearize import linearize
-from sd_lens.linear.spectra import leading_singular
+from sd_lens.linear.spectra import SingularTriplets, leading_singular
 from sd_lens.models.weights import BlockWeights, FFNWeights, MoEWeights
 
 
@@ -86,30 +86,50 @@ def trigger_direction(weights: BlockWeights, **options: Any) -> Trigger:
         >>> bool(found.vector @ truth.trigger > 0.999)
         True
     """
-    ffn = weights.ffn
-    triplets = leading_singular(linearize(weights, **options).ffn, k=2)
+    triplets = signed(weights, leading_singular(linearize(weights, **options).ffn, k=2))
     vector = triplets.v[:, 0].float()
-    probe = torch.stack([vector, -vector]) * len(vector) ** 0.5
-    answers = torch.linalg.vector_norm(_answer(ffn, probe).float(), dim=-1).tolist()
-    if answers[1] > answers[0]:
-        vector, answers = -vector, answers[::-1]
+    answer, opposite = answers(weights.ffn, full_length(torch.stack([vector, -vector]))).tolist()
     sigma, second = triplets.s[:2].tolist()
     return Trigger(
         block=weights.block,
         vector=vector.cpu(),
         sigma=sigma,
         gap=sigma / second if second else float("inf"),
-        answer=answers[0],
-        opposite_answer=answers[1],
+        answer=answer,
+        opposite_answer=opposite,
     )
 
 
+def signed(weights: BlockWeights, triplets: SingularTriplets) -> SingularTriplets:
+    """Singular triplets of a block's FFN with the sign, free in theory, that makes the true FFN give ``+v`` the larger answer.
+
+    Args:
+        weights: The block.
+        triplets: Triplets of its FFN's map.
+    """
+    right = triplets.v.T
+    sign = torch.where(answers(weights.ffn, full_length(-right)) > answers(weights.ffn, full_length(right)), -1.0, 1.0)
+    sign = sign.to(triplets.u)
+    return SingularTriplets(triplets.u * sign, triplets.s, triplets.v * sign)
+
+
+def full_length(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Unit vectors as long as a norm makes every stream: ``√d``."""
+    return vectors * vectors.shape[-1] ** 0.5
+
+
 @torch.no_grad()
+def answers(ffn: FFNWeights | MoEWeights, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+    """Norm of what the true FFN makes of a normalised stream (before the gain); a norm behind it would hide how much, and is left out."""
+    return torch.linalg.vector_norm(_answer(ffn, x.float()).float(), dim=-1).cpu()
+
+
 def _answer(ffn: FFNWeights | MoEWeights, x: Tensor) -> Tensor:
-    """What the true FFN makes of a normalised stream; a norm behind it would hide how much."""
     bare = replace(ffn, post_norm=None)
+    weight = (ffn.experts[0] if isinstance(ffn, MoEWeights) else ffn).W_out
+    x = x.to(weight.device)
     if ffn.norm is not None:
         x = x * ffn.norm.gain.float()
         x = x if ffn.norm.bias is None else x + ffn.norm.bias.float()
-    x = x.to((ffn.experts[0] if isinstance(ffn, MoEWeights) else ffn).W_out)
+    x = x.to(weight)
     return bare.output(x) if isinstance(bare, MoEWeights) else bare.output(bare.hidden(x))

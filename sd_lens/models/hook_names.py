@@ -75,6 +75,21 @@ def entering_ffn(block: int, *, parallel: bool) -> list[str]:
     return [resid_pre(block)] if parallel else [resid_pre(block), attn_out(block)]
 
 
+def ffn_in(block: int) -> str:
+    """What an FFN reads, after its norm: `TransformerBridge` only."""
+    return f"blocks.{block}.mlp.hook_in"
+
+
+def ffn_normalized(block: int) -> str:
+    """The normalised stream before the gain of the norm before an FFN."""
+    return f"blocks.{block}.ln2.hook_normalized"
+
+
+def ffn_stream(block: int) -> str:
+    """A copy of the stream for the FFN alone, before its norm: `HookedTransformer` with ``use_hook_mlp_in`` only."""
+    return f"blocks.{block}.hook_mlp_in"
+
+
 def residual_points(n_blocks: int) -> list[str]:
     """The stream after the embedding and after each of the first ``n_blocks`` blocks: ``n_blocks + 1`` hook points."""
     return [resid_pre(0), *(resid_post(block) for block in range(n_blocks))]

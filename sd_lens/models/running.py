@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -58,6 +59,21 @@ def run_batches(
             hooks = [*(edits(batch) if edits is not None else ()), *reading, *end]
             with suppress(_BlocksDone):
                 model.run_with_hooks(batch.tokens.to(model.cfg.device), fwd_hooks=hooks, return_type=None, **options)
+
+
+def run_with_logits(model: TransformerLensModel, batch: Batch, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:
+    """Runs one batch through the whole model, which is as before afterwards, also after an error.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        hooks: Hooks that change or read activations.
+
+    Returns:
+        The logits, padding's too.
+    """
+    with inference(model):
+        return model.run_with_hooks(batch.tokens.to(model.cfg.device), fwd_hooks=list(hooks), return_type="logits")
 
 
 def _end(stream: Tensor, hook: Any) -> None:

@@ -164,10 +164,10 @@ def attribute_trigger(
     source = _source(model, prompts, cache, mask, by_key, prepend_bos=prepend_bos, batch_tokens=batch_tokens, progress=progress)
     trace = source.trace(min_ratio=min_ratio)
     if isinstance(block, str):
-        defects = find_defects(trace, min_ratio=min_ratio)
-        if not defects.explosion_blocks:
+        main = find_defects(trace, min_ratio=min_ratio).main_block
+        if main is None:
             raise _nothing(trace, min_ratio, "block=")
-        block = _main_explosion(defects)
+        block = main
     weights = weights_of(model)[block]
     if direction is None:
         direction = trigger_direction(weights).vector
@@ -240,13 +240,6 @@ def _peak_block(defects: Defects) -> int:
     profiles = torch.tensor(list(defects.profiles.values()), dtype=torch.float64)[:, 1:].abs()
     near = (profiles >= 0.99 * profiles.max()).any(0)
     return int(near.long().argmax())
-
-
-def _main_explosion(defects: Defects) -> int:
-    """The explosion block that adds most to some group's profile."""
-    profiles = torch.tensor(list(defects.profiles.values()), dtype=torch.float64)
-    steps = profiles.abs().diff(dim=1).max(0).values
-    return max(defects.explosion_blocks, key=lambda block: float(steps[block]))
 
 
 def _attribution(split: StreamSplit, trace: NormTrace, quantity: str, unit: Tensor, options: _Options) -> Attribution:

@@ -83,6 +83,15 @@ class Defects:
         return bool(self.explosion_blocks)
 
     @property
+    def main_block(self) -> int | None:
+        """The explosion block that adds most to some group's profile; None where there is none."""
+        if not self.found:
+            return None
+        profiles = torch.tensor(list(self.profiles.values()), dtype=torch.float64)
+        steps = profiles.abs().diff(dim=1).max(0).values
+        return max(self.explosion_blocks, key=lambda block: float(steps[block]))
+
+    @property
     def direction(self) -> DefectDirection | None:
         """The defect direction, where there are high-norm tokens and it was measured."""
         return self.trace.direction

@@ -210,12 +210,14 @@ def sink_attention(
     sums: dict[int, Tensor] = {}
 
     def on_batch(batch: Batch) -> Callable[[int, Tensor], None]:
-        marks = _marks(batch, high, T, key)
+        marks = _marks(batch, high)
         counts.add_(marks.counts)
 
         def receive(block: int, pattern: Tensor) -> None:
             _require_shape(pattern, batch.tokens, block)
-            sums[block] = sums.get(block, 0) + _reduce(pattern, marks, key, epsilon).cpu().double()
+            sums[block] = (
+                sums.get(block, 0) + _reduce(pattern, marks, prompt_alpha(pattern, batch.mask, T, key), epsilon).cpu().double()
+            )
 
         return receive
 
@@ -250,46 +252,59 @@ class _Marks:
     Attributes:
         keys: 1 at high-norm tokens and, in the second column, at other tokens; 0 at padding.
         queries: The queries averaged over.
-        weights: What each query's attention counts for in its prompt's ``α``; they add up to 1 in prompts that have the position.
         counts: Number of queries, of pairs with an earlier high-norm token, of pairs with an earlier other token.
     """
 
     keys: Float[Tensor, "batch pos 2"]
     queries: Bool[Tensor, "batch pos"]
-    weights: Float[Tensor, "batch pos"]
     counts: Float[Tensor, "3"]
 
 
-def _marks(batch: Batch, high: Bool[Tensor, "token"], T: int, key: int) -> _Marks:
+def _marks(batch: Batch, high: Bool[Tensor, "token"]) -> _Marks:
     is_high = high[batch.flat] & batch.mask
     is_other = ~is_high & batch.mask
     keys = torch.stack([is_high, is_other], dim=-1)
     before = keys.long().cumsum(1) - keys.long()
     queries = is_other & (before > 0).all(-1)
-    position = torch.arange(batch.mask.shape[1])
-    counted = batch.mask & (position >= key) & (position < T)
     pairs = before[queries].sum(0)
     return _Marks(
         keys=keys.float(),
         queries=queries,
-        weights=counted / counted.sum(1, keepdim=True).clamp(min=1),
         counts=torch.tensor([queries.sum(), *pairs], dtype=torch.float64),
     )
 
 
-def _reduce(pattern: Float[Tensor, "batch head query key"], marks: _Marks, key: int, epsilon: float) -> Float[Tensor, "5 head"]:
+def prompt_alpha(
+    pattern: Float[Tensor, "batch head query key"], mask: Bool[Tensor, "batch query"], T: int = 64, key: int = 0
+) -> Float[Tensor, "batch head"]:
+    """Gu et al.'s ``α`` of a position, in each prompt; zero in prompts that end before it.
+
+    Args:
+        pattern: Attention patterns.
+        mask: True where a token is the prompt's own.
+        T: Queries after the first so many tokens are left out.
+        key: The position, from 0.
+    """
+    if key >= pattern.shape[-1]:
+        return pattern.new_zeros(pattern.shape[:2], dtype=torch.promote_types(pattern.dtype, torch.float32))
+    position = torch.arange(mask.shape[1])
+    counted = mask.cpu() & (position >= key) & (position < T)
+    paid = pattern[..., key].to(torch.promote_types(pattern.dtype, torch.float32))
+    weights = (counted / counted.sum(1, keepdim=True).clamp(min=1)).to(paid).unsqueeze(1)
+    return (paid * weights).masked_fill(weights == 0, 0.0).sum(-1)
+
+
+def _reduce(
+    pattern: Float[Tensor, "batch head query key"], marks: _Marks, alpha: Float[Tensor, "batch head"], epsilon: float
+) -> Float[Tensor, "5 head"]:
     """Sums over a batch: attention to high-norm tokens, to others, to oneself; then ``α`` and how often it exceeds ``epsilon``."""
     device = pattern.device
-    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+    wide = pattern.to(alpha.dtype)
     to_self = wide.diagonal(dim1=-2, dim2=-1)
     paid = wide @ marks.keys.to(device, wide.dtype).unsqueeze(1)
     # A query of those averaged over is one of the "other" tokens itself.
     paid = torch.stack([paid[..., 0], paid[..., 1] - to_self, to_self])
     paid = paid.masked_fill(~marks.queries.to(device).unsqueeze(1), 0.0).sum((1, 3))
-    if key >= pattern.shape[-1]:
-        return torch.cat([paid, torch.zeros_like(paid[:2])])
-    weights = marks.weights.to(device, wide.dtype).unsqueeze(1)
-    alpha = (wide[..., key] * weights).masked_fill(weights == 0, 0.0).sum(-1)
     return torch.cat([paid, alpha.sum(0, keepdim=True), (alpha > epsilon).to(wide.dtype).sum(0, keepdim=True)])
 
 
