@@ -11,6 +11,10 @@ Ten lines to begin with::
 """
 
 from sd_lens.findings import Findings, analyse
+from sd_lens.interventions.coefficients import Coefficients
+from sd_lens.interventions.intervention import Intervention
+from sd_lens.interventions.responses import ResponseCurve, SingularProbe, probe_singular_vectors, response_curve
+from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.linear.angles import acute_angle, mean_pairwise_angle
 from sd_lens.linear.blocks import BlockMap
 from sd_lens.linear.directions import BlockDirections, directions_of
@@ -53,16 +57,19 @@ __all__ = [
     "BlockMap",
     "BlockWeights",
     "Check",
+    "Coefficients",
     "Component",
     "Confirmation",
     "DefectDirection",
     "Defects",
     "DenseMap",
     "Eigenpair",
+    "ExplosionSubspace",
     "FFNWeights",
     "Findings",
     "GaussianInput",
     "HighNormToken",
+    "Intervention",
     "LinearMap",
     "MassiveActivations",
     "MoEWeights",
@@ -74,6 +81,8 @@ __all__ = [
     "Planted",
     "PostScales",
     "RepeatedTokens",
+    "ResponseCurve",
+    "SingularProbe",
     "SingularTriplets",
     "SinkAttention",
     "SublayerAttribution",
@@ -102,8 +111,10 @@ __all__ = [
     "measure_inputs",
     "measure_router",
     "planted",
+    "probe_singular_vectors",
     "repeated_tokens",
     "report",
+    "response_curve",
     "scan_vocabulary",
     "sink_attention",
     "super_weights",

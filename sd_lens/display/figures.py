@@ -5,6 +5,7 @@ from sd_lens.display.census_figures import massive_activations_figure, super_wei
 from sd_lens.display.map_figures import direction_angles, eigenvalues, singular_values
 from sd_lens.display.norm_figures import norm_heatmap, norm_lines
 from sd_lens.display.pathway_figures import pathway_table_figure
+from sd_lens.display.response_figures import coefficient_scatter, response_curve, singular_probe
 from sd_lens.display.scan_figures import scan_pathways, scan_scatter
 from sd_lens.display.sink_figures import repetition_curves, sink_heatmap
 from sd_lens.display.sublayer_figures import sublayer_bars
@@ -12,6 +13,7 @@ from sd_lens.display.sublayer_figures import sublayer_bars
 __all__ = [
     "attribution_bars",
     "attribution_groups",
+    "coefficient_scatter",
     "direction_angles",
     "eigenvalues",
     "massive_activations_figure",
@@ -19,8 +21,10 @@ __all__ = [
     "norm_lines",
     "pathway_table_figure",
     "repetition_curves",
+    "response_curve",
     "scan_pathways",
     "scan_scatter",
+    "singular_probe",
     "singular_values",
     "sink_heatmap",
     "sublayer_bars",

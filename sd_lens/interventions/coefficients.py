@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -16,6 +17,9 @@ from sd_lens.models.batches import Batch
 from sd_lens.models.tokens import decode_each
 from sd_lens.models.weights import BlockWeights
 from sd_lens.tracing.source import Source
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,12 @@ class Coefficients:
         if k < 1:
             raise ValueError(f"k: got {k}; allowed: at least 1")
         return self.to_dataframe().sort_values("c0", key=abs, ascending=False, kind="stable").head(k).reset_index(drop=True)
+
+    def plot(self) -> Figure:
+        """Coefficients on the leading vector over positions, one point per token."""
+        from sd_lens.display.figures import coefficient_scatter
+
+        return coefficient_scatter(self)
 
     def __repr__(self) -> str:
         most = self.top(1).iloc[0]

@@ -118,18 +118,24 @@ def full_length(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*bat
     return vectors * vectors.shape[-1] ** 0.5
 
 
-@torch.no_grad()
 def answers(ffn: FFNWeights | MoEWeights, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
-    """Norm of what the true FFN makes of a normalised stream (before the gain); a norm behind it would hide how much, and is left out."""
-    return torch.linalg.vector_norm(_answer(ffn, x.float()).float(), dim=-1).cpu()
+    """Norm of `ffn_answer`, on the CPU."""
+    return torch.linalg.vector_norm(ffn_answer(ffn, x), dim=-1).cpu()
 
 
-def _answer(ffn: FFNWeights | MoEWeights, x: Tensor) -> Tensor:
+@torch.no_grad()
+def ffn_answer(ffn: FFNWeights | MoEWeights, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """What the true FFN makes of a normalised stream (before the gain), in float32; a norm behind it would hide how much, and is left out.
+
+    Args:
+        ffn: The layer.
+        x: Normalised streams, of any length.
+    """
     bare = replace(ffn, post_norm=None)
     weight = (ffn.experts[0] if isinstance(ffn, MoEWeights) else ffn).W_out
-    x = x.to(weight.device)
+    x = x.float().to(weight.device)
     if ffn.norm is not None:
         x = x * ffn.norm.gain.float()
         x = x if ffn.norm.bias is None else x + ffn.norm.bias.float()
     x = x.to(weight)
-    return bare.output(x) if isinstance(bare, MoEWeights) else bare.output(bare.hidden(x))
+    return (bare.output(x) if isinstance(bare, MoEWeights) else bare.output(bare.hidden(x))).float()

@@ -1,6 +1,7 @@
 """Where what an FFN reads can be edited, so that the FFN alone sees the edit: a hook point that differs between model kinds.
 
-- `TransformerBridge`: ``mlp.hook_in``, on every architecture; its values have gone through the norm's gain and bias.
+- `TransformerBridge`: ``mlp.hook_in``; its values have gone through the norm's gain and bias. Where the FFN is no module of its own
+  (OPT), that point may never be reached, and ``ln2.hook_out`` shows the same.
 - `HookedTransformer`: ``ln2.hook_normalized``, before the gain.
 - `HookedTransformer` where no norm stands before the FFN (OLMo 2): ``hook_mlp_in``, if the model was told to have it.
 
@@ -54,8 +55,13 @@ def ffn_input(model: TransformerLensModel, weights: BlockWeights) -> FFNInput:
     """
     loaded: Any = model
     norm, block = weights.ffn.norm, weights.block
-    if hook_names.ffn_in(block) in loaded.hook_dict:
-        return FFNInput(hook_names.ffn_in(block)) if norm is None else FFNInput(hook_names.ffn_in(block), norm.gain, norm.bias)
+    name = hook_names.ffn_in(block)
+    if name in loaded.hook_dict:
+        if norm is None:
+            return FFNInput(name)
+        # A component without a name stands for several modules of the Hugging Face block, and nothing calls it.
+        nameless = getattr(loaded.blocks[block].mlp, "name", "") is None
+        return FFNInput(hook_names.ffn_norm_out(block) if nameless else name, norm.gain, norm.bias)
     if norm is not None and hook_names.ffn_normalized(block) in loaded.hook_dict:
         return FFNInput(hook_names.ffn_normalized(block))
     if norm is None and getattr(loaded.cfg, "use_hook_mlp_in", False):

@@ -80,6 +80,11 @@ def ffn_in(block: int) -> str:
     return f"blocks.{block}.mlp.hook_in"
 
 
+def ffn_norm_out(block: int) -> str:
+    """What comes out of the norm before an FFN: `TransformerBridge` only."""
+    return f"blocks.{block}.ln2.hook_out"
+
+
 def ffn_normalized(block: int) -> str:
     """The normalised stream before the gain of the norm before an FFN."""
     return f"blocks.{block}.ln2.hook_normalized"
