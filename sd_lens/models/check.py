@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sd_lens.models import hook_names
+from sd_lens.models.ffn_input import ffn_input
 from sd_lens.models.loading import inference, require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.weights import BlockWeights, MoEWeights
@@ -23,11 +24,14 @@ from sd_lens.models.weights import BlockWeights, MoEWeights
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
+_EDITED = "FFN input"
+
 # Nothing needs the FFN's pre-activations by themselves: its output is rebuilt through them, and a mixture of experts shows none.
 _ANALYSES = {
     "trace_norms, find_defects, defect_direction": ("residual hooks", "block identity", "causality"),
     "weights_of": ("value vectors", "attention output", "FFN output"),
     "linearize, block_directions": ("value vectors", "attention output", "attention alone", "FFN output"),
+    "ExplosionSubspace, patch_sweep, consequences": ("residual hooks", "block identity", "FFN output", _EDITED),
 }
 
 
@@ -142,6 +146,9 @@ def check(model: TransformerLensModel, *, seed: int = 0) -> Check:
         _causality(model, tokens, cache, tolerance),
     ]
     rows += _rebuilt(model, cache, tolerance)
+    rows.append(
+        _edited(model, tokens, tolerance) if rows[-1].passed else CheckRow(_EDITED, None, detail="FFN output is not rebuilt")
+    )
     return Check(_name(model), tolerance, tuple(rows))
 
 
@@ -261,6 +268,49 @@ def _block_errors(weights: BlockWeights, cache: dict[str, Tensor]) -> dict[str, 
         errors["FFN pre-activations"] = max(deviations)
     errors["FFN output"] = _deviation(ffn.output(ffn.hidden(x)), ffn_out, resid)
     return errors
+
+
+def _edited(model: Any, tokens: Tensor, tolerance: float) -> CheckRow:
+    """Does an edit of what an FFN reads reach it? Every FFN is given its neighbour's input, and must answer to that."""
+    errors: dict[int, float] = {}
+    try:
+        places = {weights.block: ffn_input(model, weights) for weights in weights_of(model)}
+    except ValueError as error:
+        return CheckRow(_EDITED, None, detail=str(error))
+    given: dict[int, Tensor] = {}
+
+    def shift(block: int) -> Callable[..., Tensor]:
+        def hook(activation: Tensor, hook: Any) -> Tensor:
+            given[block] = activation.roll(1, dims=1)
+            return given[block]
+
+        return hook
+
+    @torch.no_grad()
+    def compare(block: int) -> Callable[..., None]:
+        def hook(written: Tensor, hook: Any) -> None:
+            if block not in given:
+                return
+            ffn, x = weights_of(model)[block].ffn, given.pop(block)
+            if ffn.norm is not None and places[block].gain is None:
+                x = x * ffn.norm.gain
+                x = x if ffn.norm.bias is None else x + ffn.norm.bias
+            if isinstance(ffn, MoEWeights):
+                settled = _settled(ffn, x)
+                errors[block] = _deviation(ffn.output(x[settled]), written.reshape(x.shape)[settled])
+            else:
+                errors[block] = _deviation(ffn.output(ffn.hidden(x)), written, _terms(ffn.hidden(x).flatten(0, -2), ffn.W_out))
+
+        return hook
+
+    hooks = [(place.name, shift(block)) for block, place in places.items()]
+    hooks += [(hook_names.mlp_out(block), compare(block)) for block in places]
+    with inference(model):
+        model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=hooks, return_type=None)
+    silent = next((place.name for block, place in places.items() if block not in errors), None)
+    if silent is not None:
+        return CheckRow(_EDITED, False, detail=f"never run: {silent}")
+    return _row(_EDITED, errors, tolerance)
 
 
 def _settled(ffn: MoEWeights, x: Tensor) -> Tensor:

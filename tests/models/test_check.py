@@ -8,6 +8,7 @@ from recording import same_state, state
 
 from sd_lens.models import check as check_module
 from sd_lens.models.check import check
+from sd_lens.models.ffn_input import FFNInput
 from sd_lens.models.live import LiveWeights
 from sd_lens.models.weights import ModelWeights
 
@@ -22,6 +23,7 @@ ALL = (
     "attention alone",
     PRE,
     "FFN output",
+    "FFN input",
 )
 
 
@@ -36,6 +38,11 @@ def _rows(outcome):
 @_named(lambda family: not family.moe)
 def test_a_dense_model_passes_everything(family):
     outcome = check(zoo.cached(family.name))
+    if family.name == "hooked_olmo2":  # nothing there shows what the FFN alone reads
+        assert not outcome.applies("patch_sweep")
+        assert "set_use_hook_mlp_in(True)" in _rows(outcome)["FFN input"].detail
+        assert {name for name, row in _rows(outcome).items() if not row.passed} == {"FFN input"}
+        return
     assert {name: row.passed for name, row in _rows(outcome).items()} == dict.fromkeys(ALL, True)
     assert all(row.error < 1e-5 for row in outcome.rows if row.error is not None)
     assert outcome.analyses()["applies"].all()
@@ -109,6 +116,24 @@ TAMPERED = {
 }
 
 
+@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2", "mixtral"))])
+def test_an_edit_that_does_not_reach_the_ffn_is_noticed(name, monkeypatch):
+    there = check_module.ffn_input
+    # An edit of the stream instead changes what the FFN reads by another amount than what it is meant to.
+    elsewhere = lambda model, weights: replace(there(model, weights), name=f"blocks.{weights.block}.hook_resid_pre")  # noqa: E731
+    monkeypatch.setattr(check_module, "ffn_input", elsewhere)
+    outcome = check(zoo.build(name))
+    assert _rows(outcome)["FFN input"].passed is False
+    assert not outcome.applies("ExplosionSubspace")
+    assert outcome.applies("linearize")
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name in ("hooked_llama", "hooked_gpt2")])
+def test_a_hook_point_that_is_never_run_is_noticed(name, monkeypatch):
+    monkeypatch.setattr(check_module, "ffn_input", lambda model, weights: FFNInput(f"blocks.{weights.block}.hook_mlp_in"))
+    assert _rows(check(zoo.build(name)))["FFN input"].detail == "never run: blocks.0.hook_mlp_in"
+
+
 @pytest.mark.parametrize("point", TAMPERED)
 @pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name.endswith(("llama", "gpt2"))])
 def test_a_hook_that_changes_the_model_is_noticed_where_it_does(name, point):
@@ -120,7 +145,7 @@ def test_a_hook_that_changes_the_model_is_noticed_where_it_does(name, point):
     assert row.passed is False
     assert row.block == 1
     assert 1e-3 < row.error < 0.1
-    assert {row.check for row in outcome.rows if not row.passed} <= {broken, "FFN output", "attention alone"}
+    assert {row.check for row in outcome.rows if not row.passed} <= {broken, "FFN output", "attention alone", "FFN input"}
     assert not outcome.applies("trace_norms" if broken == "block identity" else "weights_of")
 
 
@@ -184,7 +209,7 @@ class Perturbed(ModelWeights):
 )
 def test_weights_that_are_not_the_models_are_noticed(monkeypatch, part, field, broken):
     monkeypatch.setattr(check_module, "weights_of", lambda model: Perturbed(model, part, field))
-    failed = {row.check: row.block for row in check(zoo.cached("llama")).rows if not row.passed}
+    failed = {row.check: row.block for row in check(zoo.cached("llama")).rows if row.passed is False}
     assert failed == dict.fromkeys(broken, 1)
 
 
@@ -227,7 +252,7 @@ def test_the_outcome_as_tables():
     table = outcome.to_dataframe()
     assert table["check"].tolist() == list(ALL)
     assert table["error"].tolist()[1:] == [row.error for row in outcome.rows[1:]]
-    assert repr(outcome).endswith("8 of 8 checks passed)")
+    assert repr(outcome).endswith("9 of 9 checks passed)")
     assert all(name in outcome._repr_html_() for name in ("FFN output", "block_directions"))
     with pytest.raises(ValueError, match=r"analysis: got 'nonsense'; allowed: one of trace_norms, .*"):
         outcome.applies("nonsense")
