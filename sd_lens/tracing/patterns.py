@@ -110,8 +110,8 @@ def head_patterns(
         >>> from sd_lens.models.loading import load
         >>> shown = head_patterns(load("tiny"), "The cat sat on the mat.", [(2, 3), (4, 2)])
         >>> shown
-        HeadPatterns(tiny: L2H3, L4H2 on 9 tokens)
-        >>> bool(torch.allclose(shown.patterns.sum(-1), torch.ones(2, 9)))
+        HeadPatterns(tiny: L2H3, L4H2 on 10 tokens)
+        >>> bool(torch.allclose(shown.patterns.sum(-1), torch.ones(2, 10)))
         True
     """
     _require_heads(model, heads, k)

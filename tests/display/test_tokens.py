@@ -1,4 +1,4 @@
-"""Tokens appear as written, the script is apart, and nothing is fetched."""
+"""Tokens appear as written, coloured by their values."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd_lens.display.labels import visible
-from sd_lens.display.tokens import colored_tokens, peak_block, script_bundle, token_view
+from sd_lens.display.tokens import colored_tokens, peak_block, token_view
 from sd_lens.tracing.trace import MIN_RATIO
 
 
@@ -37,35 +37,15 @@ def test_a_token_that_looks_like_the_call_is_not_taken_for_it():
     assert view.body.startswith('<div class="token-view"><div id="circuits-vis-')
 
 
-def test_the_body_is_closed_and_has_no_script_of_its_own():
-    view = token_view(["a"], [1.0])
-    assert view.body.count("<div") == view.body.count("</div>") == 2
-    assert len(view.body) < 1000
-    assert "http" not in view.body
-    assert "import" not in view.body
-
-
-def test_html_stands_alone_without_a_network(monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was probed"))
-    view = token_view(["a"], [1.0])
-    assert view.html() == view._repr_html_() == script_bundle() + view.body
-    assert "unpkg" not in view.html()
-
-
-def test_the_bundle_is_one_closed_script_whose_tooltip_reads_html():
-    bundle = script_bundle()
-    assert bundle.startswith("<script>")
-    assert bundle.count("</script") == 1
-    assert "<!--" not in bundle  # after which a browser would look for further scripts inside
-    assert bundle.rstrip().endswith("</script>")
-    assert "sourceMappingURL" not in bundle
-    assert 'createElement("strong",{dangerouslySetInnerHTML:{__html:e}})' in bundle
-
-
 @pytest.mark.parametrize(("tokens", "values"), [(["a", "b"], [1.0]), (["a"], [1.0, 2.0]), ([], [])])
 def test_lengths_are_compared(tokens, values):
     with pytest.raises(ValueError, match=f"values: got {len(values)} for {len(tokens)} tokens; allowed: one value per token"):
         token_view(tokens, values)
+
+
+def test_infinite_values_are_refused():
+    with pytest.raises(ValueError, match="values: got an infinite one; allowed: finite values and NaN"):
+        token_view(["a", "b"], [math.inf, 1.0])
 
 
 def test_missing_values_are_white():
@@ -79,6 +59,13 @@ def test_colours_are_logarithms_relative_to_the_median(findings):
     expected = (trace.norms[point] / trace.reference[point]).log10()[trace.prompt == 1]
     assert shown["values"] == pytest.approx(expected.tolist(), abs=1e-3)
     assert shown["maxValue"] == -shown["minValue"] == pytest.approx(float(trace.ratios[point].max().log10()))
+
+
+def test_views_to_be_compared_share_a_scale(findings):
+    trace = findings.defects.trace
+    views = [props(colored_tokens(trace, 0, block, max_ratio=100.0)) for block in (0, 2)]
+    assert [shown["maxValue"] for shown in views] == [2.0, 2.0]
+    assert views[0]["values"] == props(colored_tokens(trace, 0, 0))["values"]
 
 
 def test_ordinary_tokens_stay_pale_where_nothing_explodes(not_found):
@@ -99,7 +86,16 @@ def test_traces_without_a_median_can_be_shown(make_trace, norms):
     assert set(props(colored_tokens(make_trace(norms)))["values"]) == {0.0}
 
 
-@pytest.mark.parametrize(("arguments", "name"), [({"block": 6}, "block"), ({"block": -1}, "block"), ({"prompt": 3}, "prompt")])
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"block": 6}, "block"),
+        ({"block": -1}, "block"),
+        ({"prompt": 3}, "prompt"),
+        ({"max_ratio": 1.0}, "max_ratio"),
+        ({"max_ratio": math.nan}, "max_ratio"),
+    ],
+)
 def test_blocks_and_prompts_that_are_not_there_are_refused(findings, arguments, name):
     with pytest.raises(ValueError, match=f"{name}: got"):
         colored_tokens(findings.defects.trace, **arguments)
