@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEV := $(shell sed -n '/^dev = \[/,/^\]/s/^ *\("[^"]*"\),*$$/\1/p' pyproject.toml)
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types notebooks notebooks-test clean
 
 # torch goes first and alone: with it in place nothing asks for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,6 +32,13 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright
+
+# Runs notebooks/*.py and writes the .ipynb beside each (needs Chromium, for the pictures); NOTEBOOKS=notebooks/01_quickstart.py for one alone.
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python -m notebooks.publishing $(NOTEBOOKS)
+
+notebooks-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 -n auto notebooks
 
 clean:
 	rm -rf $(VENV) .venv-tl3 sd-lens-report.html sd-lens-report.json

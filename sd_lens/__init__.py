@@ -12,9 +12,12 @@ Ten lines to begin with::
 
 from sd_lens.findings import Findings, analyse
 from sd_lens.interventions.coefficients import Coefficients
+from sd_lens.interventions.consequences import Consequences, consequences
 from sd_lens.interventions.intervention import Intervention
+from sd_lens.interventions.patching import patch_sweep
 from sd_lens.interventions.responses import ResponseCurve, SingularProbe, probe_singular_vectors, response_curve
 from sd_lens.interventions.subspace import ExplosionSubspace
+from sd_lens.interventions.sweep import PatchSweep
 from sd_lens.linear.angles import acute_angle, mean_pairwise_angle
 from sd_lens.linear.blocks import BlockMap
 from sd_lens.linear.directions import BlockDirections, directions_of
@@ -40,6 +43,7 @@ from sd_lens.tracing.direction import DefectDirection
 from sd_lens.tracing.monitor import NormMonitor
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.pathways import scan_vocabulary
+from sd_lens.tracing.patterns import HeadPatterns, head_patterns
 from sd_lens.tracing.repetition import RepeatedTokens, repeated_tokens
 from sd_lens.tracing.shares import Attribution
 from sd_lens.tracing.sinks import SinkAttention, sink_attention
@@ -60,6 +64,7 @@ __all__ = [
     "Coefficients",
     "Component",
     "Confirmation",
+    "Consequences",
     "DefectDirection",
     "Defects",
     "DenseMap",
@@ -68,6 +73,7 @@ __all__ = [
     "FFNWeights",
     "Findings",
     "GaussianInput",
+    "HeadPatterns",
     "HighNormToken",
     "Intervention",
     "LinearMap",
@@ -78,6 +84,7 @@ __all__ = [
     "NormMonitor",
     "NormTrace",
     "NormWeights",
+    "PatchSweep",
     "Planted",
     "PostScales",
     "RepeatedTokens",
@@ -99,10 +106,12 @@ __all__ = [
     "block_directions",
     "check",
     "confirm_in_context",
+    "consequences",
     "defect_direction",
     "directions_of",
     "eigen_nearest",
     "find_defects",
+    "head_patterns",
     "leading_singular",
     "linearize",
     "load",
@@ -110,6 +119,7 @@ __all__ = [
     "mean_pairwise_angle",
     "measure_inputs",
     "measure_router",
+    "patch_sweep",
     "planted",
     "probe_singular_vectors",
     "repeated_tokens",

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd_lens.anatomy import Anatomy, anatomy
+from sd_lens.interventions.causality import Causality, causality
+from sd_lens.interventions.generation import BEGINNINGS
 from sd_lens.linear.directions import BlockDirections, directions_of
 from sd_lens.models.check import Check, check
 from sd_lens.models.loading import weights_of
@@ -18,13 +20,15 @@ from sd_lens.models.tokens import Prompts
 from sd_lens.pathways import Pathways, pathways
 from sd_lens.spectrum import entering_norms
 from sd_lens.tracing.defects import Defects, find_defects
-from sd_lens.tracing.source import source_of
+from sd_lens.tracing.source import Source, source_of
 from sd_lens.tracing.sublayers import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.trace import MIN_RATIO
 from sd_lens.wording import finding, whence
 
 SCANNED = 2048
 """Of larger vocabularies, a sample of so many token ids is scanned; ``sd-lens pathways`` scans them all."""
+GENERATED = 12
+"""A text with the explosion subspace removed goes on for so many tokens; ``sd-lens patch`` asks for more, and of two texts."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Findings:
         no_directions_because: The reason for that, else empty.
         anatomy: What the explosion is made of.
         pathways: How tokens get to a high norm.
+        causality: What the explosion's subspace does.
     """
 
     check: Check
@@ -48,11 +53,12 @@ class Findings:
     no_directions_because: str
     anatomy: Anatomy
     pathways: Pathways
+    causality: Causality
 
     def sentences(self) -> tuple[str, ...]:
         """What was found: the first sentence says whether anything was, the second what makes it."""
-        more = (*self.anatomy.sentences(), *self.pathways.sentences()) if self.defects.found else ()
-        return finding(self.defects), whence(self), *more
+        parts = (self.anatomy, self.pathways, self.causality) if self.defects.found else ()
+        return finding(self.defects), whence(self), *(sentence for part in parts for sentence in part.sentences())
 
     def __repr__(self) -> str:
         return f"Findings({' '.join(self.sentences())})"
@@ -96,15 +102,12 @@ def analyse(
     source = source_of(model, prompts, may_need=(), prepend_bos=prepend_bos, **options)
     trace = source.trace(min_ratio=min_ratio)
     defects = find_defects(trace, min_ratio=min_ratio)
-    directions, reason = None, ""
-    if checked.applies("block_directions"):
+    directions, reason = None, _because(checked, "block_directions")
+    if not reason:
         direction = None if trace.direction is None else trace.direction.direction
         directions = directions_of(weights_of(model), direction, norms=entering_norms(defects), progress=progress)
         if direction is not None:
             directions = replace(directions, reference_source="measured")
-    else:
-        table = checked.analyses()
-        reason = str(table.loc[table.analyses.str.contains("block_directions"), "because"].item())
     return Findings(
         check=checked,
         defects=defects,
@@ -113,4 +116,23 @@ def analyse(
         no_directions_because=reason,
         anatomy=anatomy(model, source, min_ratio=min_ratio, **options),
         pathways=pathways(model, source, max_ids=SCANNED, min_ratio=min_ratio, **options),
+        causality=_causality(model, source, defects, checked, prepend_bos=prepend_bos, **options),
     )
+
+
+def _causality(model: TransformerLensModel, source: Source, defects: Defects, checked: Check, **options: Any) -> Causality:
+    """Zero ablation and one short text only, so that a report is made in one go."""
+    reason = _because(checked, "consequences")
+    if reason and defects.found:
+        return Causality(defects, None, None, {"consequences": reason, "response": reason})
+    return causality(
+        model, source, mean=False, generate=BEGINNINGS[:1], max_new_tokens=GENERATED, min_ratio=defects.min_ratio, **options
+    )
+
+
+def _because(checked: Check, analysis: str) -> str:
+    """What stands against an analysis; empty where it applies."""
+    if checked.applies(analysis):
+        return ""
+    table = checked.analyses()
+    return str(table.loc[table.analyses.str.contains(analysis), "because"].item())

@@ -157,6 +157,78 @@ def test_pathways_names_the_tokens_that_explode(run, tmp_path):
     assert "1,024 token ids of tiny" in (tmp_path / "page.html").read_text()
 
 
+def test_patch_shows_the_model_without_its_explosion_subspace(run, tmp_path):
+    words = ("--side", "both", "--where", "initial", "--where", "delimiters", "--controls", "2", "--max-new-tokens", "6")
+    code, out, err = run("patch", "tiny", *words, "--generate", "Once upon a time", "--json", "patch.json", "--out", "page.html")
+    assert code == 0, err
+    assert (
+        "With the explosion subspace of block 2 (rank 2, both sides) ablated at the initial tokens, the high-norm tokens reach 1."
+        in out
+    )
+    assert "instead of 13.3 (random control: 18." in out
+    assert "The FFN of block 2 answers 11.3 v0" in out
+    assert "prompt: '<s>Once upon a time'\nuntouched: " in out
+    assert "(no token after the first of its prompt has a high norm, so that there are no delimiters to edit)" in out
+    record = json.loads((tmp_path / "patch.json").read_text())
+    assert (record["schema"], record["found"], record["block"], record["rank"]) == ("sd_lens.patch/1", True, 2, 2)
+    rows = {(row["intervention"], row["where"]): row for row in record["rows"]}
+    assert len(rows) == 7
+    before, after, control = (rows[key] for key in (("none", "none"), ("ablate", "initial"), ("random control", "initial")))
+    assert before["peak_ratio"] == pytest.approx(13.25, abs=0.02)
+    assert after["peak_ratio"] < 1.5 < 0.8 * before["peak_ratio"] < control["peak_ratio"]
+    assert (before["kl"], after["n_tokens"], control["kl_std"] > 0) == (0, 6, True)
+    assert before["sink_rate"] > after["sink_rate"] > 0
+    assert "kl_std" not in after
+    texts = [(text["where"], len(text["ids"])) for text in record["texts"]]
+    assert texts == [("none", 6), ("initial", 6)]
+    curve = record["response"]
+    assert len(curve["scale"]) == len(curve["answer"]) == len(curve["opposite"]) == len(curve["predicted"]) == 40
+    assert curve["exponent"] == pytest.approx(2.02, abs=0.01)
+    page = (tmp_path / "page.html").read_text()
+    assert "What removing the explosion subspace of block 2 (rank 2) does to tiny" in page
+    assert "Answers of the FFN of block 2 in tiny" in page
+    assert sorted(os.listdir(tmp_path)) == ["page.html", "patch.json"]
+
+
+def test_patch_of_a_block_that_does_not_explode(run, tmp_path):
+    words = ("--block", "4", "--rank", "1", "--side", "trigger", "--where", "everywhere", "--no-mean", "--controls", "0")
+    code, out, err = run("patch", *words, "--max-new-tokens", "0", "--text", "One. Two.", "--json", "patch.json")
+    assert code == 0, err
+    assert "ExplosionSubspace" not in out
+    record = json.loads((tmp_path / "patch.json").read_text())
+    assert (record["block"], record["rank"], len(record["rows"]), record["texts"]) == (4, 1, 2, [])
+
+
+def test_where_nothing_explodes_there_is_nothing_to_patch(run, tmp_path):
+    code, out, err = run("patch", "--min-ratio", "100", "--json", "nothing.json", "--out", "page.html")
+    assert code == 0, err
+    assert "No explosion was found in tiny" in out
+    assert "(consequences: no explosion was found)" in out
+    record = json.loads((tmp_path / "nothing.json").read_text())
+    assert (record["found"], record["rows"], record["texts"], record["response"]) == (False, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (("--side", "left"), "--side: got 'left'; allowed: trigger, direction, both"),
+        (("--where", "first"), "--where: got 'first'; allowed: initial, delimiters, everywhere"),
+        (("--block", "6"), "block: got 6; allowed: 0 to 5"),
+        (("--rank", "129"), "rank: got 129; allowed: 1 to 128"),
+        (("--rank", "0"), "--rank"),
+        (("--rank", "70"), "control: a subspace of rank 70 leaves no room beside it in width 128"),
+        (("--controls", "-1"), "--controls"),
+        (("--generate", "a", "--max-new-tokens", "0"), "--generate, --max-new-tokens: got a prompt and 0"),
+        (("--generate", ""), "generate: prompts: got an empty prompt"),
+        (("--min-ratio", "1"), "min_ratio: got 1.0; allowed: above 1"),
+        (("--json", "nowhere/patch.json"), "--json"),
+    ],
+)
+def test_bad_options_of_patch(run, tmp_path, words, needle):
+    assert_bad_input(run("patch", *words), needle)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_sample_on_one_pathway(run, tmp_path):
     code, _out, _ = run("pathways", "--pathway", "second", "--max-ids", "200", "--text", "One. Two.", "--json", "some.json")
     assert code == 0
@@ -339,6 +411,7 @@ def test_every_import_points_down():
         "spectrum",
         "anatomy",
         "pathways",
+        "interventions",
         "wording",
         "findings",
         "display",

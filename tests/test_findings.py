@@ -34,6 +34,25 @@ def test_an_explosion_at_the_first_position(initial):
     )
     assert more[1].endswith(" is written by embedding (100%).")
     assert more[2].startswith("Token ids that explode by themselves: 97 of 97 alone at position 0, 0 of 97 without attention, ")
+    removal = initial.causality.sentences()
+    assert tuple(more[-2:]) == removal
+    assert removal[0].startswith("With the explosion subspace of block 1 (rank 2, both sides) ablated at the initial tokens")
+    assert initial.causality.response.block == 1
+
+
+def test_a_check_that_fails_leaves_the_subspace_in_place(monkeypatch):
+    from sd_lens import findings
+    from sd_lens.models.check import check
+
+    def not_edited(model):
+        checked = check(model)
+        rows = [replace(row, passed=False, detail="never run: it") if row.check == "FFN input" else row for row in checked.rows]
+        return replace(checked, rows=tuple(rows))
+
+    monkeypatch.setattr(findings, "check", not_edited)
+    found = findings.analyse(planted().model, torch.arange(20).reshape(1, 20), progress=False).causality
+    assert (found.consequences, found.response) == (None, None)
+    assert set(found.missing.values()) == {"FFN input: never run: it"}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +99,7 @@ def test_nothing_found_in_models_with_norms_after_the_sublayers_or_experts(famil
     assert findings.directions.reference_source.startswith("block ")
     assert findings.no_directions_because == ""
     assert findings.attribution.shares == ()
+    assert findings.causality.missing == dict.fromkeys(("consequences", "response"), "no explosion was found")
 
 
 def test_a_model_that_looks_ahead_is_refused(monkeypatch):

@@ -11,6 +11,9 @@ from streams import ragged
 
 from sd_lens.anatomy import anatomy
 from sd_lens.findings import analyse
+from sd_lens.interventions.consequences import consequences
+from sd_lens.interventions.patching import patch_sweep
+from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.linear.directions import directions_of
 from sd_lens.linear.inputs import GaussianInput
 from sd_lens.models.check import check
@@ -44,6 +47,39 @@ def monitor(model):
     return watching.result()
 
 
+def subspace_of(model, rank=2):
+    return ExplosionSubspace.at(model, 1, rank=rank, delimiters=[9])
+
+
+MAKERS = {
+    "ablate": lambda subspace, **where: subspace.ablate(**where),
+    "ablate to a mean": lambda subspace, **where: subspace.ablate(mean=PROMPTS, **where),
+    "patch": lambda subspace, **where: subspace.patch(PROMPTS[0].unsqueeze(0), **where),
+    "steer": lambda subspace, **where: subspace.steer(-2.0, **where),
+    "steer to a target": lambda subspace, **where: subspace.steer(target=3.0, **where),
+    "random control": lambda subspace, **where: subspace.ablate(**where).control(3),
+}
+WHERE = {
+    "trigger": {},
+    "direction, initial": {"side": "direction", "positions": "initial"},
+    "both, delimiters": {"side": "both", "positions": "delimiters"},
+    "both, a mask": {"side": "both", "positions": torch.tensor([[True, False, True, True, False]])},
+}
+
+
+def intervened(make, where):
+    """A run with the hooks attached, and one with them handed over."""
+
+    def run(model, found):
+        intervention = MAKERS[make](subspace_of(model), **WHERE[where])
+        with torch.no_grad():
+            with intervention.attached():
+                model(PROMPTS[0].unsqueeze(0))
+            return model.run_with_hooks(PROMPTS[0].unsqueeze(0), fwd_hooks=intervention.fwd_hooks())
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def found():
     model = planted(n_kv_heads=2).model
@@ -75,8 +111,28 @@ ANALYSES = {
     "repeated_tokens": lambda model, found: repeated_tokens(model, [5, 6], n=5),
     "anatomy": lambda model, found: anatomy(model, PROMPTS),
     "pathways": lambda model, found: pathways(model, PROMPTS, max_ids=12),
+    "ExplosionSubspace.at": lambda model, found: ExplosionSubspace.at(model),
+    "coefficients": lambda model, found: subspace_of(model).coefficients(PROMPTS),
+    "coefficients in the stream": lambda model, found: subspace_of(model).coefficients(PROMPTS, side="direction"),
+    "patch, prepared": lambda model, found: subspace_of(model).patch(PROMPTS, side="both"),
+    "ablate to a mean, prepared": lambda model, found: subspace_of(model).ablate(mean=PROMPTS, side="both"),
+    **{f"{make}, {where}": intervened(make, where) for make in MAKERS for where in WHERE},
+    "patch_sweep": lambda model, found: patch_sweep(model, [PROMPTS[0]], [PROMPTS[0].flip(0)], controls=1, rank=2),
+    "patch_sweep, heads": lambda model, found: patch_sweep(
+        model, [PROMPTS[0]], [PROMPTS[0].flip(0)], controls=1, heads=True, metric="loss"
+    ),
+    "consequences": lambda model, found: consequences(model, PROMPTS, controls=1, where=("initial",), generate=[PROMPTS[1]]),
 }
-WEIGHTS_ONLY = {"directions_of": lambda model, found: directions_of(weights_of(model), blocks=[1])}
+WEIGHTS_ONLY = {
+    "directions_of": lambda model, found: directions_of(weights_of(model), blocks=[1]),
+    "ExplosionSubspace.at a block": lambda model, found: subspace_of(model),
+    "interventions, prepared": lambda model, found: [
+        (made.fwd_hooks(), made.control(), made + made)
+        for made in (MAKERS[name](subspace_of(model), **where) for name in ("ablate", "steer") for where in WHERE.values())
+    ],
+    "response_curve": lambda model, found: subspace_of(model).response_curve(),
+    "probe_singular_vectors": lambda model, found: subspace_of(model).probe_singular_vectors(4),
+}
 
 
 def caller(model, interrupted_by=None, at="blocks.1.hook_resid_post"):
@@ -173,7 +229,17 @@ UNPLANTED = {
         model, tokens, block=1, direction=torch.ones(model.cfg.d_model), neurons=[0]
     ),
     "scan_vocabulary": lambda model, tokens: scan_vocabulary(model, "no_attention", ids=range(5), block=1),
+    "ablate, attached": lambda model, tokens: steered(model, tokens),
+    "patch_sweep": lambda model, tokens: patch_sweep(
+        model, [tokens[0]], [tokens[0].flip(0)], subspace=subspace_of(model), blocks=[1], positions=[0, 2], controls=1, metric="kl"
+    ),
 }
+
+
+def steered(model, tokens):
+    intervention = subspace_of(model).steer(2.0, side="both", positions="delimiters")
+    with torch.no_grad(), intervention.attached():
+        model(tokens[0].unsqueeze(0))
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError])

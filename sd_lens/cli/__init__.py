@@ -4,6 +4,6 @@
 # isort: skip_file
 
 from sd_lens.cli.app import app, main
-from sd_lens.cli import finding, spectrum, explaining
+from sd_lens.cli import finding, spectrum, explaining, patching
 
-__all__ = ["app", "explaining", "finding", "main", "spectrum"]
+__all__ = ["app", "explaining", "finding", "main", "patching", "spectrum"]

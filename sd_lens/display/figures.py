@@ -2,8 +2,10 @@
 
 from sd_lens.display.attribution_figures import attribution_bars, attribution_groups
 from sd_lens.display.census_figures import massive_activations_figure, super_weight_bars
+from sd_lens.display.intervention_figures import consequence_panels
 from sd_lens.display.map_figures import direction_angles, eigenvalues, singular_values
 from sd_lens.display.norm_figures import norm_heatmap, norm_lines
+from sd_lens.display.patch_figures import patch_heatmap
 from sd_lens.display.pathway_figures import pathway_table_figure
 from sd_lens.display.response_figures import coefficient_scatter, response_curve, singular_probe
 from sd_lens.display.scan_figures import scan_pathways, scan_scatter
@@ -14,11 +16,13 @@ __all__ = [
     "attribution_bars",
     "attribution_groups",
     "coefficient_scatter",
+    "consequence_panels",
     "direction_angles",
     "eigenvalues",
     "massive_activations_figure",
     "norm_heatmap",
     "norm_lines",
+    "patch_heatmap",
     "pathway_table_figure",
     "repetition_curves",
     "response_curve",

@@ -9,6 +9,7 @@ import os
 from sd_lens.display.explanation_records import attribute_record, pathways_record
 from sd_lens.display.files import write_text
 from sd_lens.display.header import Record, header, plain, version
+from sd_lens.display.intervention_records import patch_record
 from sd_lens.findings import Findings
 from sd_lens.linear.directions import BlockDirections
 from sd_lens.linear.parts import BlockDirection
@@ -20,6 +21,7 @@ __all__ = [
     "Record",
     "attribute_record",
     "check_record",
+    "patch_record",
     "pathways_record",
     "report_record",
     "spectrum_record",
@@ -45,6 +47,7 @@ def report_record(findings: Findings) -> Record:
         "no_spectrum_because": findings.no_directions_because or None,
         "attribute": attribute_record(findings.anatomy),
         "pathways": pathways_record(findings.pathways),
+        "patch": patch_record(findings.causality),
     }
 
 

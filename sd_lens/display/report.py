@@ -12,17 +12,19 @@ from sd_lens.anatomy import Anatomy
 from sd_lens.display.explanation_sections import attention, components, massive, scans, text_tokens, trigger
 from sd_lens.display.files import require_writable, write_text
 from sd_lens.display.fragments import environment
+from sd_lens.display.intervention_sections import removal, response
 from sd_lens.display.labels import number
 from sd_lens.display.records import version
 from sd_lens.display.sections import Section, linear_maps, reading, sections
 from sd_lens.display.tokens import script_bundle
 from sd_lens.findings import Findings
+from sd_lens.interventions.causality import Causality
 from sd_lens.linear.directions import BlockDirections
 from sd_lens.pathways import Pathways
 from sd_lens.tracing.defects import Defects
 from sd_lens.wording import finding
 
-__all__ = ["render", "render_anatomy", "render_pathways", "render_spectrum", "require_writable", "write_page"]
+__all__ = ["render", "render_anatomy", "render_causality", "render_pathways", "render_spectrum", "require_writable", "write_page"]
 
 
 def render(findings: Findings) -> str:
@@ -94,9 +96,24 @@ def render_pathways(pathways: Pathways) -> str:
     return _explanation(pathways.defects, pathways.sentences(), pieces)
 
 
-def _explanation(defects: Defects, sentences: tuple[str, ...], pieces: dict[str, tuple[str, Markup | None]]) -> str:
+def render_causality(causality: Causality) -> str:
+    """What removing the explosion subspace does, as one HTML page.
+
+    Args:
+        causality: From `sd_lens.interventions.causality.causality`.
+    """
+    pieces = {
+        "removal": ("Without the explosion subspace", removal(causality)),
+        "response": ("What the FFN answers", response(causality)),
+    }
+    return _explanation(causality.defects, causality.sentences(), pieces, edited=causality.consequences is not None)
+
+
+def _explanation(
+    defects: Defects, sentences: tuple[str, ...], pieces: dict[str, tuple[str, Markup | None]], *, edited: bool = False
+) -> str:
     built = [Section(id, title, fragment) for id, (title, fragment) in pieces.items() if fragment is not None]
-    built.append(Section("how-to-read", "How to read this", reading(found=bool(defects.tokens), explained=True)))
+    built.append(Section("how-to-read", "How to read this", reading(found=bool(defects.tokens), explained=True, edited=edited)))
     return _page(defects.trace.model_name, (finding(defects), *sentences), defect_facts(defects), built, found=defects.found)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from sd_lens.display import explanation_sections
+from sd_lens.display import explanation_sections, intervention_sections
 from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, singular_values, sublayer_bars
 from sd_lens.display.fragments import environment, figure, joined, paragraph, subheading, table
 from sd_lens.display.labels import visible
@@ -212,6 +212,18 @@ def attention(findings: Findings) -> Markup:
     return explanation_sections.attention(findings.pathways)
 
 
+@section("removal", "Without the explosion subspace")
+def removal(findings: Findings) -> Markup | None:
+    """What removing the explosion subspace does."""
+    return intervention_sections.removal(findings.causality)
+
+
+@section("response", "What the FFN answers")
+def response(findings: Findings) -> Markup | None:
+    """The true FFN's answer to its leading right singular vector."""
+    return intervention_sections.response(findings.causality)
+
+
 @section("high-norm-tokens", "High-norm tokens")
 def high_norm_tokens(findings: Findings) -> Markup | None:
     """The first of them, by prompt and position."""
@@ -263,10 +275,11 @@ def number_text(value: float) -> str:
 @section("how-to-read", "How to read this")
 def how_to_read(findings: Findings) -> Markup:
     """The words used, and where they come from."""
-    return reading(found=bool(findings.defects.tokens), maps=findings.directions is not None, explained=True)
+    edited = findings.causality.consequences is not None
+    return reading(found=bool(findings.defects.tokens), maps=findings.directions is not None, explained=True, edited=edited)
 
 
-def reading(*, found: bool = False, maps: bool = False, explained: bool = False) -> Markup:
-    """The same, for a page that shows high-norm tokens, linear maps or explanations only."""
+def reading(*, found: bool = False, maps: bool = False, explained: bool = False, edited: bool = False) -> Markup:
+    """The same, for a page that shows high-norm tokens, linear maps, explanations or interventions only."""
     page = environment().get_template("how_to_read.html.j2")
-    return Markup(page.render(found=found, maps=maps, explained=explained))
+    return Markup(page.render(found=found, maps=maps, explained=explained, edited=edited))

@@ -39,14 +39,18 @@ class Edit:
     needs_start: bool = False
 
     def hooks(self, model: TransformerLensModel) -> list[Hook]:
-        """Hooks that make the edit; they keep nothing between passes."""
+        """Hooks that make the edit. Between passes they keep no activations, only where the last one ended."""
         watcher = PassWatcher(model, self.site.block, self.positions, self.delimiters, needs_start=self.needs_start)
 
         def edit(activation: Tensor, hook: Any) -> Tensor:
-            coefficients = self.site.coefficients(activation)
-            meant = watcher.meant(*activation.shape[:2])
-            by = self.change(coefficients, watcher.start) - coefficients
-            watcher.done()
+            if activation.ndim == 2:  # run_with_hooks(..., remove_batch_dim=True)
+                return edit(activation.unsqueeze(0), hook).squeeze(0)
+            try:
+                coefficients = self.site.coefficients(activation)
+                meant = watcher.meant(*activation.shape[:2])
+                by = self.change(coefficients, watcher.start) - coefficients
+            finally:
+                watcher.done(activation.shape[1])
             if meant is not None:
                 by = torch.where(meant.to(by.device).unsqueeze(-1), by, 0.0)
             return self.site.moved(activation, by)
@@ -105,7 +109,8 @@ class Intervention:
         Raises:
             ValueError: The subspace leaves no room beside it.
         """
-        edits = tuple(replace(edit, site=edit.site.randomised(seed + number)) for number, edit in enumerate(self.edits))
+        # Far apart, so that no edit draws the directions that another has under a neighbouring seed.
+        edits = tuple(replace(edit, site=edit.site.randomised(seed + 1_000_003 * number)) for number, edit in enumerate(self.edits))
         return replace(self, name=f"random control of {self.name}", edits=edits)
 
     def __add__(self, other: Intervention) -> Intervention:

@@ -1,8 +1,4 @@
-"""Which tokens of a forward pass an intervention means, told from inside its hooks.
-
-Hooks see activations, not token ids or positions. Where it matters, two more hooks tell these: the attention pattern has more keys than
-queries in a pass that continues an earlier one from its key-value cache, and an id is recognised by its embedding.
-"""
+"""Which tokens of a forward pass an intervention means, told from inside its hooks."""
 
 from __future__ import annotations
 
@@ -10,22 +6,20 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sd_lens.models import hook_names
-from sd_lens.models.embeddings import embedded
+from sd_lens.models.passes import IdWatcher, PassStart, padding_id
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import Hook
 
-Positions = Literal["all", "initial", "delimiters"] | Bool[Tensor, "batch pos"] | Sequence[int]
+Positions = Literal["all", "initial", "delimiters"] | Bool[Tensor, "mask_batch mask_pos"] | Sequence[int]
 """All tokens; the first of each prompt; those whose id is a delimiter's, anywhere but first; True in a mask; or positions by number.
 
 Masks and numbers count positions of the whole sequence, from 0; tokens beyond a mask's end (those generated) are not meant.
 """
 
 _NAMES = ("all", "initial", "delimiters")
-_SAME = 1e-3  # relative distance at which an embedding is an id's: rounding, with room
 
 
 def require_positions(positions: Any, delimiters: Sequence[int]) -> None:
@@ -40,14 +34,14 @@ def require_positions(positions: Any, delimiters: Sequence[int]) -> None:
                 "some (ExplosionSubspace.at)"
             )
     elif isinstance(positions, Tensor):
-        if positions.dtype != torch.bool or positions.ndim != 2:
+        if positions.dtype != torch.bool or positions.ndim != 2 or not len(positions):
             raise ValueError(f"positions: got a tensor of {positions.dtype} and shape {tuple(positions.shape)}; allowed: {allowed}")
     elif not isinstance(positions, Sequence) or not all(type(p) is int and p >= 0 for p in positions) or not len(positions):
         raise ValueError(f"positions: got {positions!r}; allowed: {allowed}")
 
 
 class PassWatcher:
-    """What is known of the forward pass that is running: where it begins, and which tokens an intervention means in it.
+    """Which tokens of the forward pass that is running an intervention means. What it can know of a pass: `sd_lens.models.passes`.
 
     Args:
         model: The model.
@@ -66,41 +60,29 @@ class PassWatcher:
         *,
         needs_start: bool = False,
     ):
-        self._positions, self._block = positions, block
-        self._start = 0
-        self._known: Tensor | None = None  # which tokens have one of the ids
-        self._watches_start = needs_start or not (isinstance(positions, str) and positions == "all")
-        ids: list[int] = []
-        if isinstance(positions, str) and positions == "delimiters":
-            ids = list(delimiters)
-        elif isinstance(positions, str) and positions == "initial":
-            ids = _padding(model)
-        self._ids = embedded(model, torch.tensor(ids)) if ids else None
+        self._positions = positions
+        everywhere, by_number = isinstance(positions, str) and positions == "all", not isinstance(positions, str)
+        pad = padding_id(model)
+        padding = () if pad is None or everywhere or by_number else (pad,)
+        meant = tuple(delimiters) if not by_number and positions == "delimiters" else ()
+        self._place = PassStart(model, block)
+        self._watches_place = needs_start or not everywhere
+        self._ids = IdWatcher(model, padding, meant) if padding or meant else None
 
     @property
     def start(self) -> int:
         """Position of the pass's first token in its sequence."""
-        return self._start
+        return self._place.start
 
     def hooks(self) -> list[Hook]:
         """The hooks that watch; they change nothing."""
-        watching: list[Hook] = []
+        return [*(self._ids.hooks() if self._ids else ()), *(self._place.hooks() if self._watches_place else ())]
+
+    def done(self, length: int) -> None:
+        """To be called when the activations of a pass have been edited, with its length: what is known of it holds no longer."""
+        self._place.done(length)
         if self._ids is not None:
-            watching.append((hook_names.embed(), self._see_embedding))
-        if self._watches_start:
-            watching.append((hook_names.pattern(self._block), self._see_pattern))
-        return watching
-
-    def _see_embedding(self, embedding: Tensor, hook: Any) -> None:
-        assert self._ids is not None
-        self._known = has_id(embedding.detach(), self._ids)
-
-    def _see_pattern(self, pattern: Tensor, hook: Any) -> None:
-        self._start = pattern.shape[-1] - pattern.shape[-2]
-
-    def done(self) -> None:
-        """Forgets the pass: to be called when its activations have been edited."""
-        self._start, self._known = 0, None
+            self._ids.done()
 
     def meant(self, batch: int, length: int) -> Bool[Tensor, "#batch #pos"] | None:
         """Which tokens of the pass are meant; None for all of them.
@@ -112,7 +94,7 @@ class PassWatcher:
         Raises:
             ValueError: A mask has another number of rows, or ids cannot be told.
         """
-        positions, start = self._positions, self._start
+        positions, start = self._positions, self.start
         place = torch.arange(start, start + length).unsqueeze(0)
         if isinstance(positions, Tensor):
             if len(positions) not in (1, batch):
@@ -125,37 +107,19 @@ class PassWatcher:
             return torch.isin(place, torch.tensor(list(positions)))
         if positions == "all":
             return None
-        known = self._known
-        if positions == "delimiters":
-            if known is None:
-                raise ValueError(
-                    "positions: got 'delimiters', which are told by their embeddings, in a run that has none; allowed: a run from the "
-                    "embedding on, or a mask"
-                )
-            return known.cpu() & (place > 0)
-        # The first token that is no padding: padding on the left is recognised by its id.
-        padding = torch.zeros(1, dtype=torch.long) if known is None else known.cpu().long().cumprod(1).sum(1)
-        return place == padding.unsqueeze(1)
-
-
-def has_id(embedding: Float[Tensor, "batch pos d_model"], rows: Float[Tensor, "id d_model"]) -> Bool[Tensor, "batch pos"]:
-    """Which embeddings are one of some ids'.
-
-    Args:
-        embedding: What a model shows at ``hook_embed``.
-        rows: What it shows there for these ids.
-    """
-    wide = torch.promote_types(embedding.dtype, torch.float32)
-    rows = rows.to(embedding.device, wide)
-    distance = torch.cdist(embedding.to(wide), rows, compute_mode="donot_use_mm_for_euclid_dist")
-    return (distance <= _SAME * torch.linalg.vector_norm(rows, dim=-1)).any(-1)
-
-
-def _padding(model: Any) -> list[int]:
-    """The padding id, unless it is that of BOS, which a prompt may begin with."""
-    tokenizer = getattr(model, "tokenizer", None)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return [] if pad is None or pad == getattr(tokenizer, "bos_token_id", None) else [int(pad)]
+        known = None if self._ids is None else self._ids.known(batch, length)
+        # The first token is the first that is no padding: padding on the left is recognised by its id.
+        first = torch.zeros(1, 1, dtype=torch.long)
+        if known is not None and start == 0:
+            first = known[0].long().cumprod(1).sum(1, keepdim=True)
+        if positions == "initial":
+            return place == first
+        if known is None:
+            raise ValueError(
+                "positions: got 'delimiters', which are told by their ids, in a run that begins behind the embedding; allowed: a run from the "
+                "embedding on, or a mask"
+            )
+        return known[1] & (place > first)
 
 
 def ids_of(tokens: Int[Tensor, "token"] | Sequence[int]) -> tuple[int, ...]:

@@ -94,6 +94,10 @@ def is_cache(source: Any) -> bool:
 def _of_cache(cache: Any, site: Site, weights: BlockWeights, vectors: Tensor) -> Tensor:
     side = "direction" if site.name == hook_names.resid_post(weights.block) else "trigger"
     names, points = set(cache.keys()), points_of(weights, side)
+    for name in {site.name, *points} & names:
+        shape, width = tuple(cache[name].shape), len(site.vectors)
+        if len(shape) not in (2, 3) or shape[-1] != width:
+            raise ValueError(f"source: got shape {shape} at {name}; allowed: (batch, pos, {width})")
     if site.name in names:
         values = site.coefficients(cache[site.name].detach())
     elif all(name in names for name in points):

@@ -88,7 +88,7 @@ class Site:
             taken = torch.cat([taken, torch.ones(d, 1, dtype=torch.float64)], dim=1)
         if taken.shape[1] + rank > d:
             raise ValueError(
-                f"control: a subspace of rank {rank} leaves no room beside it in width {d}; allowed: at most {d // 2 - 1}"
+                f"control: a subspace of rank {rank} leaves no room beside it in width {d}; allowed: at most {(d - self.centred) // 2}"
             )
         drawn = torch.randn(d, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         basis = torch.linalg.qr(torch.cat([taken, drawn], dim=1)).Q[:, -rank:]
@@ -108,7 +108,8 @@ def trigger_site(model: TransformerLensModel, weights: BlockWeights, right: Floa
     """
     at, norm = ffn_input(model, weights), weights.ffn.norm
     right = right.float().to((weights.attention.W_O if norm is None else norm.gain).device)
-    gain, bias = (None if tensor is None else tensor.detach().float() for tensor in (at.gain, at.bias))
+    # Copies: what is read and written must fit together also where the model is trained meanwhile.
+    gain, bias = (None if tensor is None else tensor.detach().float().clone() for tensor in (at.gain, at.bias))
     return Site(at.name, weights.block, right, right, gain, bias, centred=norm is not None and norm.kind == "layer")
 
 

@@ -7,6 +7,8 @@ what sets the explosion off; the leading left ones are where the norm goes.
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -79,6 +81,10 @@ class ExplosionSubspace:
         require_block(self.block, int(self.model.cfg.n_layers))
         for name, vectors in (("right", self.right), ("left", self.left)):
             _require_orthonormal(name, vectors, int(self.model.cfg.d_model), len(self.sigma))
+        last = int(self.model.cfg.d_vocab) - 1
+        for token in self.delimiters:
+            if not 0 <= token <= last:
+                raise ValueError(f"delimiters: got {token}; allowed: 0 to {last}, the vocabulary")
 
     @classmethod
     def at(
@@ -140,16 +146,13 @@ class ExplosionSubspace:
         """
         require_usable(model)
         require_block(block, int(model.cfg.n_layers))
-        triplets = linear_map
-        width, most = int(model.cfg.d_model), int(model.cfg.d_model)
-        if isinstance(linear_map, SingularTriplets):
-            most = len(linear_map.s)
+        width = int(model.cfg.d_model)
+        own, most = _sizes(linear_map)
+        if own != width:
+            raise ValueError(f"linear_map: got one of width {own}; allowed: {width}, the model's")
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
             raise ValueError(f"rank: got {rank!r}; allowed: 1 to {most}")
-        if not isinstance(triplets, SingularTriplets):
-            triplets = leading_singular(triplets, k=rank)  # pyright: ignore[reportArgumentType]
-        if len(triplets.v) != width:
-            raise ValueError(f"linear_map: got one of width {len(triplets.v)}; allowed: {width}, the model's")
+        triplets = linear_map if isinstance(linear_map, SingularTriplets) else leading_singular(linear_map, k=rank)
         triplets = signed(weights_of(model)[block], SingularTriplets(triplets.u[:, :rank], triplets.s[:rank], triplets.v[:, :rank]))
         right, left, sigma = (tensor.detach().float().cpu().contiguous() for tensor in (triplets.v, triplets.u, triplets.s))
         return cls(model, block, right, left, sigma, ids_of(delimiters))
@@ -291,7 +294,7 @@ class ExplosionSubspace:
         Args:
             scale: What they are multiplied by; 1 changes nothing, 0 ablates.
             target: What they become instead: one number for all vectors, or one for each. On the trigger side, ``√d`` is the largest a
-                stream can have.
+                stream can have. A tensor that requires a gradient gets one.
             side: ``"trigger"``, ``"direction"`` or ``"both"``.
             positions: Which tokens: ``"all"``, ``"initial"``, ``"delimiters"``, a mask, or a list of positions.
 
@@ -307,9 +310,9 @@ class ExplosionSubspace:
             values = self._values("target", target)
             return self._edit("steer to a target", lambda site: _constant(values), side, positions)
         assert scale is not None
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale!r}; allowed: a finite number")
         factor = float(scale)
-        if not abs(factor) < float("inf"):
-            raise ValueError(f"scale: got {scale}; allowed: a finite number")
         return self._edit(f"steer by {factor:g}", lambda site: lambda c, start: factor * c, side, positions)
 
     def response_curve(self, scales: Float[Tensor, "scale"] | Sequence[float] | None = None, *, vector: int = 0) -> ResponseCurve:
@@ -349,16 +352,16 @@ class ExplosionSubspace:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: no file {os.fspath(path)!r}; allowed: a file written by ExplosionSubspace.save")
-        other = f"path: {os.fspath(path)} holds no subspace; allowed: a file written by ExplosionSubspace.save"
         try:
             with safe_open(path, framework="pt") as file:
-                labels = json.loads((file.metadata() or {}).get(_KEY, "null"))
-                if labels is None:
-                    raise ValueError(other)
+                labels = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in ("right", "left", "sigma")}
-        except SafetensorError as error:
-            raise ValueError(other) from error
-        return cls(model, labels["block"], **tensors, delimiters=tuple(labels["delimiters"]))
+            block, delimiters = operator.index(labels["block"]), ids_of(labels["delimiters"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path: {os.fspath(path)} holds no subspace; allowed: a file written by ExplosionSubspace.save"
+            ) from error
+        return cls(model, block, **tensors, delimiters=delimiters)
 
     def _edit(self, name: str, change: Any, side: Side, positions: Positions, *, needs_start: bool = False) -> Intervention:
         require_positions(positions, self.delimiters)
@@ -373,10 +376,13 @@ class ExplosionSubspace:
         return Intervention(self.model, f"{name} the subspace of block {self.block} ({side}, {where})", edits)
 
     def _values(self, name: str, given: Tensor | float) -> Tensor:
-        values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+        allowed = f"a finite number, or a tensor of {self.rank}"
+        if not isinstance(given, (int, float, Tensor)):
+            raise ValueError(f"{name}: got {given!r}; allowed: {allowed}")
+        values = torch.as_tensor(given, dtype=torch.float32).cpu()
         values = values.expand(self.rank) if values.ndim == 0 else values
         if values.shape != (self.rank,) or not bool(values.isfinite().all()):
-            raise ValueError(f"{name}: got {given}; allowed: a finite number, or a tensor of {self.rank}")
+            raise ValueError(f"{name}: got {given}; allowed: {allowed}")
         return values
 
     def __repr__(self) -> str:
@@ -398,6 +404,20 @@ def _from_source(known: Tensor) -> Change:
         return new
 
     return change
+
+
+def _sizes(linear_map: Any) -> tuple[int, int]:
+    """A map's width, and how many singular triplets of it can be had."""
+    if isinstance(linear_map, SingularTriplets):
+        return len(linear_map.v), len(linear_map.s)
+    if isinstance(linear_map, LinearMap):
+        return linear_map.d_model, linear_map.d_model
+    if isinstance(linear_map, Tensor) and linear_map.ndim == 2 and len(linear_map) == linear_map.shape[1]:
+        return len(linear_map), len(linear_map)
+    got = f"a tensor of shape {tuple(linear_map.shape)}" if isinstance(linear_map, Tensor) else type(linear_map).__name__
+    raise ValueError(
+        f"linear_map: got {got}; allowed: a LinearMap such as linearize(...).ffn, a square matrix, or SingularTriplets"
+    )
 
 
 def _require_orthonormal(name: str, vectors: Tensor, width: int, rank: int) -> None:

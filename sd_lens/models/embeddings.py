@@ -98,31 +98,6 @@ def in_place_of_embedding(vectors: Float[Tensor, "batch d_model"]) -> list[Hook]
     return [(hook_names.embed(), keep), (hook_names.resid_pre(0), replace)]
 
 
-def embedded(model: TransformerLensModel, ids: Int[Tensor, "id"]) -> Float[Tensor, "id d_model"]:
-    """What token ids' embeddings bring into the stream, without positions: what a model shows at ``hook_embed``.
-
-    Args:
-        model: A TransformerLens model.
-        ids: Token ids.
-
-    Example:
-        >>> from sd_lens.models.planted import planted
-        >>> embedded(planted().model, torch.tensor([3, 5])).shape
-        torch.Size([2, 64])
-    """
-    rows: list[Tensor] = []
-    work = equally_long(ids.unsqueeze(1), batch_tokens=max(1, len(ids)))
-    run_batches(
-        model,
-        work,
-        [hook_names.embed()],
-        lambda batch: lambda point, embedding: rows.append(embedding[:, 0].clone()),
-        stop_at=1,
-        progress=False,
-    )
-    return torch.cat(rows)
-
-
 def joining_norm(model: TransformerLensModel, ids: Int[Tensor, "id"], *, batch_tokens: int = 4096) -> float:
     """Mean norm of what token ids' embeddings bring into the stream: what the model makes of the matrix, without positions.
 

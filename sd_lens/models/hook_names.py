@@ -60,6 +60,11 @@ def embed() -> str:
     return "hook_embed"
 
 
+def embed_in() -> str:
+    """Token ids entering the embedding: `TransformerBridge` only."""
+    return "embed.hook_in"
+
+
 def pos_embed() -> str:
     """Positional embedding, where one is added to the stream: models with rotary or no positions have no such point, or never reach it."""
     return "hook_pos_embed"

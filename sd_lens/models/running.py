@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -59,6 +60,38 @@ def run_batches(
             hooks = [*(edits(batch) if edits is not None else ()), *reading, *end]
             with suppress(_BlocksDone):
                 model.run_with_hooks(batch.tokens.to(model.cfg.device), fwd_hooks=hooks, return_type=None, **options)
+
+
+def not_shown(model: TransformerLensModel, points: Sequence[str], token: int) -> list[str]:
+    """Those of some hook points that a forward pass of one token does not show.
+
+    Args:
+        model: The model.
+        points: Hook points.
+        token: Any token id.
+    """
+    there = [name for name in points if name in model.hook_dict]  # pyright: ignore[reportAttributeAccessIssue]
+    seen = set[str]()
+    if there:
+        one = Batch(torch.tensor([[token]]), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long))
+        run_batches(model, [one], there, lambda _: lambda point, _: seen.add(there[point]), progress=False)
+    return [name for name in points if name not in seen]
+
+
+def require_shown(model: TransformerLensModel, points: Sequence[str], token: int) -> None:
+    """Raises `ValueError` where a forward pass of one token does not show all of some hook points of attention layers.
+
+    Args:
+        model: The model.
+        points: Hook points.
+        token: Any token id.
+    """
+    missing = not_shown(model, points, token)
+    if missing:
+        raise ValueError(
+            f"model: its attention never shows {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; allowed: a model whose attention "
+            "computes its pattern (a Hugging Face model with attn_implementation='eager')"
+        )
 
 
 def run_with_logits(model: TransformerLensModel, batch: Batch, hooks: Sequence[Hook]) -> Float[Tensor, "batch pos d_vocab"]:

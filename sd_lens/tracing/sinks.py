@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sd_lens.models import hook_names
-from sd_lens.models.batches import Batch, batches
+from sd_lens.models.batches import Batch
 from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.running import run_batches
+from sd_lens.models.running import require_shown
 from sd_lens.models.tokens import Prompts
 from sd_lens.tracing.source import PromptSource, Source, source_of
 from sd_lens.tracing.trace import MIN_RATIO, CacheLike, require_ratio
@@ -203,7 +203,7 @@ def sink_attention(
     if longest <= key:
         raise ValueError(f"key: got {key}; allowed: 0 to {longest - 1}, a position that some prompt has")
     if isinstance(source, PromptSource):
-        _require_patterns(model, source.sequences[0][:1], points)
+        require_shown(model, points, int(source.sequences[0][0]))
     trace = source.trace(min_ratio=min_ratio)
     high = trace.high_norm(min_ratio).any(0)
     counts = torch.zeros(3, dtype=torch.float64)  # queries, and pairs of one with an earlier high-norm or other token
@@ -320,18 +320,6 @@ def _require_options(epsilon: float, T: int, key: int) -> None:
         raise ValueError(f"T: got {T}; allowed: at least 1")
     if not 0 <= key < T:
         raise ValueError(f"key: got {key}; allowed: 0 to {T - 1}, a position among the first T")
-
-
-def _require_patterns(model: TransformerLensModel, token: Int[Tensor, "pos"], points: list[str]) -> None:
-    """Raises `ValueError` where a forward pass of one token does not show every block's attention pattern."""
-    seen = set[int]()
-    run_batches(model, batches([token], batch_tokens=1), points, lambda _: lambda point, _: seen.add(point), progress=False)
-    missing = [name for point, name in enumerate(points) if point not in seen]
-    if missing:
-        raise ValueError(
-            f"model: its attention never shows {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; allowed: a model whose attention "
-            "computes its pattern (a Hugging Face model with attn_implementation='eager')"
-        )
 
 
 def _require_shape(pattern: Tensor, tokens: Tensor, block: int) -> None:

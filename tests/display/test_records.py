@@ -9,6 +9,7 @@ import pytest
 
 from sd_lens.display.records import (
     check_record,
+    patch_record,
     report_record,
     spectrum_record,
     sublayer_record,
@@ -114,7 +115,8 @@ def test_the_report_holds_all_of_them(findings):
     assert record["sentences"] == list(findings.sentences())
     assert record["trace"] == trace_record(findings.defects)
     assert record["spectrum"] == spectrum_record(findings.directions)
-    assert {record[part]["n_blocks"] for part in ("trace", "spectrum", "sublayers", "check")} == {6}
+    assert record["patch"] == patch_record(findings.causality)
+    assert {record[part]["n_blocks"] for part in ("trace", "spectrum", "sublayers", "check", "patch")} == {6}
 
 
 def test_the_report_of_a_model_that_cannot_be_linearised(findings):

@@ -14,7 +14,7 @@ from sd_lens.display.report import render, require_writable, write_page
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SCRIPTS = {"plotly": "plotly.js v", "circuitsvis": "var CircuitsVis=(()=>"}
 
-EXPLAINED = ["components", "trigger", "massive", "scans", "text-tokens", "attention"]
+EXPLAINED = ["components", "trigger", "massive", "scans", "text-tokens", "attention", "removal", "response"]
 
 
 class Page(HTMLParser):
@@ -129,6 +129,17 @@ def test_without_linear_maps_the_page_gives_the_reason(findings):
     parsed = Page(render(replace(findings, directions=None, no_directions_because="a norm stands after <a> sublayer")))
     assert "The blocks' linear maps were not computed: a norm stands after <a> sublayer." in words(parsed.text)
     assert "figure-angles" not in parsed.ids
+    assert parsed.problems == []
+
+
+def test_without_a_subspace_to_remove_the_page_gives_the_reason(findings):
+    causality = replace(
+        findings.causality, consequences=None, response=None, missing={"consequences": "no <hook> point", "response": "no"}
+    )
+    parsed = Page(render(replace(findings, causality=causality)))
+    assert "The explosion subspace was not removed: no <hook> point." in words(parsed.text)
+    assert "Explosion subspace " not in words(parsed.text)
+    assert "response" not in parsed.sections
     assert parsed.problems == []
 
 

@@ -1,0 +1,1 @@
+"""From notebooks/*.py to the notebooks that are committed: executed, with pictures of what is interactive."""
