@@ -94,8 +94,8 @@ def test_heads(sweep):
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "3", "4"]
     assert figure.data[0].customdata[0][3][0] == "head 4"
     about = figure.layout.title.subtitle.text
-    assert "change of mine: " in about
-    assert "patched in what heads add along left singular vectors; rank 3, that of block 2;" in about
+    assert about.startswith("change of mine (")
+    assert about.endswith("heads along left singular vectors, rank 3, that of block 2")
 
 
 def test_of_many_positions_some_are_named(sweep):

@@ -25,8 +25,15 @@ def by_hand(subspace, prompt, side):
     return (editing.normalised_stream(weights_of(subspace.model)[BLOCK], seen) @ subspace.right)[0]
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_of_every_token_on_every_architecture(family):
+@pytest.mark.parametrize(
+    "family",
+    [
+        name
+        for name in ("llama", "gpt2", "gpt_neox_parallel", "phi", "gemma2", "olmo2", "qwen2_moe", "hooked_olmo2")
+        if name in zoo.FAMILIES
+    ],
+)
+def test_of_every_token(family):
     model = zoo.cached(family)
     subspace, prompts = editing.random_subspace(model, BLOCK), ragged(zoo.VOCAB, (4, 6, 2))
     for side in ("trigger", "direction"):

@@ -17,9 +17,7 @@ from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.models.loading import load, weights_of
 
 FAMILIES = [
-    name
-    for name in ("llama", "gpt2", "gpt_neox_parallel", "gemma2", "mixtral", "bloom", "hooked_llama", "hooked_gpt2", "hooked_phi")
-    if name in zoo.FAMILIES
+    name for name in ("llama", "gpt2", "gpt_neox_parallel", "mixtral", "hooked_llama", "hooked_gpt2") if name in zoo.FAMILIES
 ]
 SIDES = ("trigger", "direction", "both")
 BLOCK = 1
@@ -126,7 +124,7 @@ def test_steering_by_one_is_the_identity(model, side):
 
 @settings(max_examples=5)
 @given(scale=st.floats(-4, 4), values=st.lists(st.floats(-5, 5), min_size=2, max_size=2), seed=st.integers(0, 99))
-@pytest.mark.parametrize("family", [name for name in ("llama", "gpt2", "hooked_gpt2") if name in zoo.FAMILIES])
+@pytest.mark.parametrize("family", [name for name in ("llama", "hooked_gpt2") if name in zoo.FAMILIES])
 @pytest.mark.parametrize("side", ["trigger", "direction"])
 def test_steering_gives_coefficients_the_value_asked_for(side, family, scale, values, seed):
     model = zoo.cached(family)
@@ -171,7 +169,7 @@ def test_patching_the_whole_space_is_activation_patching(family):
     from transformer_lens.patching import get_act_patch_resid_pre
 
     model = zoo.cached(family)
-    clean, corrupted = zoo.tokens(model, 2, 5), zoo.tokens(model, 2, 5, seed=1)
+    clean, corrupted = zoo.tokens(model, 2, 4), zoo.tokens(model, 2, 4, seed=1)
     weights = torch.randn(model.cfg.d_vocab, generator=torch.Generator().manual_seed(0))
 
     def metric(logits):
@@ -183,7 +181,7 @@ def test_patching_the_whole_space_is_activation_patching(family):
         eye = torch.eye(model.cfg.d_model)
         for block in range(1, model.cfg.n_layers):  # what a block reads is what the one before it leaves
             whole = ExplosionSubspace(model, block - 1, eye, eye, torch.ones(len(eye)))
-            for pos in range(5):
+            for pos in range(4):
                 for source in (cache, clean) if (block, pos) == (1, 2) else (cache,):
                     patched = whole.patch(source, side="direction", positions=[pos])
                     got = metric(model.run_with_hooks(corrupted, fwd_hooks=patched.fwd_hooks()))

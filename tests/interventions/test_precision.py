@@ -13,7 +13,7 @@ FAMILIES = [name for name in ("llama", "gpt2", "gpt_neox_parallel", "hooked_llam
 POST = f"blocks.{BLOCK}.hook_resid_post"
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_neox_parallel"])
+@pytest.mark.parametrize("family", [name for name in ("llama", "gpt2", "hooked_gpt2") if name in zoo.FAMILIES])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3), (torch.float64, 1e-6)], ids=str)
 def test_every_precision(family, dtype, tolerance):
     exact, model = zoo.cached(family), zoo.build(family, dtype=dtype)
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_edited_model(family):
         assert abs(sum(slopes)) > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in ("llama", "gpt2", "hooked_llama") if name in zoo.FAMILIES])
 def test_in_training_mode_and_backwards(family):
     model = zoo.build(family)
     tokens = zoo.tokens(model, 2, 5)
