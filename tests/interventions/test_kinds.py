@@ -32,6 +32,8 @@ def test_a_bridge_and_a_hooked_transformer_of_the_same_weights(family):
     for name in ("right", "left", "sigma"):
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-4, atol=1e-4)
     for kind, side in CASES:
+        if side != "both" and kind not in ("ablate", "patch", "steer"):
+            continue
         logits = [edited(model, editing.random_subspace(model), kind, side) for model in pair]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 

@@ -13,6 +13,11 @@ from sd_lens.models.loading import weights_of
 
 BLOCK = 1
 NAMES = [f"blocks.{BLOCK}.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+SOME = [
+    name
+    for name in ("llama", "gpt2", "phi", "opt", "olmo2", "gemma2", "qwen2_moe", "hooked_llama", "hooked_gpt2", "hooked_phi")
+    if name in zoo.FAMILIES
+]
 NEXT = f"blocks.{BLOCK + 1}.hook_resid_pre"
 
 
@@ -53,7 +58,9 @@ def test_the_direction_side_reaches_the_stream_behind_the_block(model):
     assert relative_error(before[NEXT], wanted) > 0.05
 
 
-def test_both_sides_are_the_one_after_the_other(model):
+@pytest.mark.parametrize("family", SOME)
+def test_both_sides_are_the_one_after_the_other(family):
+    model = zoo.cached(family)
     subspace, weights = editing.random_subspace(model, BLOCK), weights_of(model)[BLOCK]
     before, after = runs(model, subspace.ablate(side="both"))
     mlp = editing.answer(weights, editing.without(subspace.right, editing.normalised_stream(weights, before)))
@@ -62,7 +69,9 @@ def test_both_sides_are_the_one_after_the_other(model):
     assert relative_error(after[NEXT], wanted) < 5e-6
 
 
-def test_a_control_moves_what_the_ffn_reads_as_far_and_elsewhere(model):
+@pytest.mark.parametrize("family", SOME)
+def test_a_control_moves_what_the_ffn_reads_as_far_and_elsewhere(family):
+    model = zoo.cached(family)
     subspace, weights = editing.random_subspace(model, BLOCK), weights_of(model)[BLOCK]
     before, after = runs(model, subspace.ablate().control(seed=4))
     x = editing.normalised_stream(weights, before)
