@@ -17,7 +17,9 @@ from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.models.loading import load, weights_of
 
 FAMILIES = [
-    name for name in ("llama", "gpt2", "gpt_neox_parallel", "mixtral", "hooked_llama", "hooked_gpt2") if name in zoo.FAMILIES
+    "llama",
+    "gpt2",
+    *(("gpt_neox_parallel", "mixtral") if zoo.HookedTransformer is None else ("hooked_llama", "hooked_gpt2")),
 ]
 SIDES = ("trigger", "direction", "both")
 BLOCK = 1
