@@ -19,7 +19,7 @@
 # A token's norm explodes in one block. Who writes it, down to the neurons? What sets it off? Which tokens could do the same, and what does attention make of them? This notebook follows one explosion from its size to its
 # cause, with every split exact: the parts add up to what is measured.
 #
-# It runs on `tiny`, the small trained model that ships with sd_lens; what the text says of results is said of `tiny`. For another model change `MODEL`; pictures and printed numbers follow.
+# It runs on `tiny`, the small trained model that ships with sd_lens; what the text says of results is said of `tiny`. For another model, one with an explosion, change `MODEL`; pictures and printed numbers follow.
 
 # %%
 import subprocess

@@ -18,7 +18,7 @@
 #
 # One direction in what one FFN reads sets a token's norm off. Is that so, causally? This notebook takes the direction out, puts it back, makes it stronger, and asks each time what changes, in an ordinary TransformerLens workflow and beside a control that does the same damage elsewhere.
 #
-# It runs on `tiny`, the small trained model that ships with sd_lens; what the text says of results is said of `tiny`. For another model change `MODEL`; pictures and printed numbers follow.
+# It runs on `tiny`, the small trained model that ships with sd_lens; what the text says of results is said of `tiny`. For another model, one with an explosion, change `MODEL`; pictures and printed numbers follow.
 
 # %%
 import subprocess
@@ -48,7 +48,10 @@ tokens = model.to_tokens(TEXT)
 # `ExplosionSubspace.at` finds the explosion block and takes the leading singular vectors of its FFN's linear map: the *right* ones are what sets it off (the trigger side), the *left* ones are where it writes (the direction side).
 
 # %%
-subspace = sd_lens.ExplosionSubspace.at(model, rank=2)
+defects = sd_lens.find_defects(sd_lens.trace_norms(model, TEXT))
+if not defects.found:
+    raise ValueError(f"{MODEL} has no explosion in this text: {defects}")
+subspace = sd_lens.ExplosionSubspace.at(model, rank=2, defects=defects)
 subspace
 
 # %% [markdown]

@@ -216,7 +216,7 @@ def test_where_nothing_explodes_there_is_nothing_to_patch(run, tmp_path):
         (("--block", "6"), "block: got 6; allowed: 0 to 5"),
         (("--rank", "129"), "rank: got 129; allowed: 1 to 128"),
         (("--rank", "0"), "--rank"),
-        (("--rank", "70"), "control: a subspace of rank 70 leaves no room beside it in width 128"),
+        (("--rank", "70"), "controls: got 3 with rank 70; allowed: 0, or a rank of at most 63"),
         (("--controls", "-1"), "--controls"),
         (("--generate", "a", "--max-new-tokens", "0"), "--generate, --max-new-tokens: got a prompt and 0"),
         (("--generate", ""), "generate: prompts: got an empty prompt"),

@@ -16,6 +16,9 @@ from sd_lens.interventions.patching import patch_sweep
 from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.linear.directions import directions_of
 from sd_lens.linear.inputs import GaussianInput
+from sd_lens.linear.linearize import linearize
+from sd_lens.linear.measured import measure_inputs
+from sd_lens.linear.trigger import trigger_direction
 from sd_lens.models.check import check
 from sd_lens.models.loading import weights_of
 from sd_lens.models.planted import planted
@@ -29,6 +32,7 @@ from sd_lens.tracing.delimiters import token_pathways
 from sd_lens.tracing.monitor import NormMonitor
 from sd_lens.tracing.norms import measure_direction, trace_norms
 from sd_lens.tracing.pathways import scan_vocabulary
+from sd_lens.tracing.patterns import head_patterns
 from sd_lens.tracing.repetition import repeated_tokens
 from sd_lens.tracing.sinks import sink_attention
 from sd_lens.tracing.sublayers import attribute_sublayers
@@ -109,6 +113,8 @@ ANALYSES = {
     "token_pathways": lambda model, found: token_pathways(model, PROMPTS),
     "sink_attention": lambda model, found: sink_attention(model, PROMPTS),
     "repeated_tokens": lambda model, found: repeated_tokens(model, [5, 6], n=5),
+    "head_patterns": lambda model, found: head_patterns(model, PROMPTS[0]),
+    "measure_inputs": lambda model, found: measure_inputs(model, PROMPTS, [0, 2]),
     "anatomy": lambda model, found: anatomy(model, PROMPTS),
     "pathways": lambda model, found: pathways(model, PROMPTS, max_ids=12),
     "ExplosionSubspace.at": lambda model, found: ExplosionSubspace.at(model),
@@ -125,6 +131,8 @@ ANALYSES = {
 }
 WEIGHTS_ONLY = {
     "directions_of": lambda model, found: directions_of(weights_of(model), blocks=[1]),
+    "linearize": lambda model, found: linearize(weights_of(model)[1]).block.to_dense(),
+    "trigger_direction": lambda model, found: trigger_direction(weights_of(model)[1]),
     "ExplosionSubspace.at a block": lambda model, found: subspace_of(model),
     "interventions, prepared": lambda model, found: [
         (made.fwd_hooks(), made.control(), made + made)
@@ -135,7 +143,7 @@ WEIGHTS_ONLY = {
 }
 
 
-def caller(model, interrupted_by=None, at="blocks.1.hook_resid_post"):
+def caller(model, interrupted_by=None, at="blocks.1.hook_resid_post", on=1):
     """Puts a permanent and a temporary hook of the caller's on a model; gives what they write into."""
     calls = {"permanent": 0, "temporary": 0}
 
@@ -144,7 +152,7 @@ def caller(model, interrupted_by=None, at="blocks.1.hook_resid_post"):
 
     def temporary(value, hook):
         calls["temporary"] += 1
-        if interrupted_by is not None and calls["temporary"] == 1:
+        if interrupted_by is not None and calls["temporary"] == on:
             raise interrupted_by("by the caller's hook")
 
     model.add_hook("blocks.0.hook_resid_pre", permanent, is_permanent=True)
@@ -217,6 +225,20 @@ def test_after_an_interrupted_analysis(name, error, model, found):
     assert same_state(before, everything(model))
     assert random_states() == randomness
     assert torch.is_grad_enabled()
+    assert still_firing(model, calls)
+
+
+@pytest.mark.parametrize("on", [2, 3])
+@pytest.mark.parametrize("name", ["patch_sweep", "consequences", "analyse"])
+def test_after_an_analysis_interrupted_where_its_own_hooks_are_attached(name, on, model, found):
+    model.reset_hooks(including_permanent=True)
+    calls = caller(model, interrupted_by=KeyboardInterrupt, on=on)
+    before, randomness = everything(model), random_states()
+    with pytest.raises(KeyboardInterrupt, match="by the caller's hook"):
+        ANALYSES[name](model, found)
+    assert calls["temporary"] == on
+    assert same_state(before, everything(model))
+    assert random_states() == randomness
     assert still_firing(model, calls)
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from sd_lens.interventions.arms import arms_of, only
 from sd_lens.interventions.generation import BEGINNINGS, Beginnings, Continuation, beginnings, continuations
 from sd_lens.interventions.observing import observe
+from sd_lens.interventions.options import require_subspace
 from sd_lens.interventions.outcomes import SIDES, WHERE, Consequences, Measures, Outcome, Where
 from sd_lens.interventions.sites import Side
 from sd_lens.interventions.subspace import ExplosionSubspace
@@ -28,6 +29,7 @@ from sd_lens.models.loading import require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import not_shown
 from sd_lens.models.tokens import Prompts
+from sd_lens.tracing.arguments import require_seed, require_whole
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.source import PromptSource, Source, source_of
 from sd_lens.tracing.trace import MIN_RATIO, require_ratio
@@ -105,6 +107,8 @@ def consequences(
     require_usable(model)
     where, sides = require_options(where, sides, controls, max_new_tokens, epsilon, T)
     require_ratio(min_ratio)
+    require_subspace(model, subspace, rank, controls, batch_tokens)
+    require_seed(seed)
     _require_editable(model, subspace, sides)
     source = source_of(model, prompts, may_need=(), prepend_bos=prepend_bos, batch_tokens=batch_tokens, progress=progress)
     if not isinstance(source, PromptSource):
@@ -181,6 +185,8 @@ def consequences(
 def _beginnings(
     model: TransformerLensModel, generate: Beginnings | None, prepend_bos: bool | None, notes: list[str]
 ) -> list[Int[Tensor, "_"]]:
+    if generate is not None and not isinstance(generate, (str, Sequence, Tensor)):
+        raise ValueError(f"generate: got {generate!r}; allowed: texts or token ids to go on from, or None")
     if generate is None or (not isinstance(generate, str) and len(generate) == 0):
         return []
     built_in = isinstance(generate, tuple) and all(isinstance(text, str) and text in BEGINNINGS for text in generate)
@@ -216,8 +222,6 @@ def _require_editable(model: TransformerLensModel, subspace: ExplosionSubspace |
         weights = weights_of(model)[0]
         if any(side != "direction" for side in sides):
             ffn_input(model, weights)
-    elif subspace.model is not model:
-        raise ValueError("subspace: got one of another model; allowed: one of this model")
     else:
         for side in sides:
             subspace.sites(side)
@@ -232,13 +236,16 @@ def require_options(
         Places and sides, each once.
     """
     for name, chosen, allowed in (("where", where, WHERE), ("sides", sides, SIDES)):
-        if isinstance(chosen, str) or not len(chosen) or not all(one in allowed for one in chosen):
+        if (
+            not isinstance(chosen, Sequence)
+            or isinstance(chosen, str)
+            or not len(chosen)
+            or not all(one in allowed for one in chosen)
+        ):
             raise ValueError(f"{name}: got {chosen!r}; allowed: a list of {', '.join(map(repr, allowed))}")
-    for name, number, least in (("controls", controls, 0), ("max_new_tokens", max_new_tokens, 1)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise ValueError(f"{name}: got {number!r}; allowed: a whole number from {least}")
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon: got {epsilon}; allowed: between 0 and 1")
-    if T < 1:
-        raise ValueError(f"T: got {T}; allowed: at least 1")
+    require_whole("controls", controls, 0)
+    require_whole("max_new_tokens", max_new_tokens, 1)
+    require_whole("T", T, 1)
+    if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+        raise ValueError(f"epsilon: got {epsilon!r}; allowed: between 0 and 1")
     return tuple(dict.fromkeys(where)), tuple(dict.fromkeys(sides))

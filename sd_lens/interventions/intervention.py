@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sd_lens.interventions.positions import PassWatcher, Positions
 from sd_lens.interventions.sites import Site
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import Hook
+from sd_lens.tracing.arguments import require_seed
 
-Change = Callable[[Float[Tensor, "batch pos rank"], int], Float[Tensor, "batch pos rank"]]
-"""New coefficients, of those that are there and the position of the first of them in its sequence."""
+Change = Callable[[Float[Tensor, "batch pos rank"], Int[Tensor, "#batch pos"]], Float[Tensor, "batch pos rank"]]
+"""New coefficients, of those that are there and the positions that they have in their prompts (negative at padding on the left)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,18 +30,18 @@ class Edit:
         change: What the coefficients become.
         positions: Which tokens are edited.
         delimiters: Ids that ``"delimiters"`` means.
-        needs_start: Whether ``change`` depends on the position.
+        needs_place: Whether ``change`` depends on the position.
     """
 
     site: Site
     change: Change
     positions: Positions
     delimiters: tuple[int, ...] = ()
-    needs_start: bool = False
+    needs_place: bool = False
 
     def hooks(self, model: TransformerLensModel) -> list[Hook]:
         """Hooks that make the edit. Between passes they keep no activations, only where the last one ended."""
-        watcher = PassWatcher(model, self.site.block, self.positions, self.delimiters, needs_start=self.needs_start)
+        watcher = PassWatcher(model, self.site.block, self.positions, self.delimiters, needs_place=self.needs_place)
 
         def edit(activation: Tensor, hook: Any) -> Tensor:
             if activation.ndim == 2:  # run_with_hooks(..., remove_batch_dim=True)
@@ -48,7 +49,7 @@ class Edit:
             try:
                 coefficients = self.site.coefficients(activation)
                 meant = watcher.meant(*activation.shape[:2])
-                by = self.change(coefficients, watcher.start) - coefficients
+                by = self.change(coefficients, watcher.place(*activation.shape[:2])) - coefficients
             finally:
                 watcher.done(activation.shape[1])
             if meant is not None:
@@ -109,14 +110,16 @@ class Intervention:
         Raises:
             ValueError: The subspace leaves no room beside it.
         """
+        require_seed(seed)
         # Far apart, so that no edit draws the directions that another has under a neighbouring seed.
         edits = tuple(replace(edit, site=edit.site.randomised(seed + 1_000_003 * number)) for number, edit in enumerate(self.edits))
         return replace(self, name=f"random control of {self.name}", edits=edits)
 
     def __add__(self, other: Intervention) -> Intervention:
         """Both, in this order."""
-        if self.model is not other.model:
-            raise ValueError("interventions: got two of different models; allowed: of one model")
+        if not isinstance(other, Intervention) or self.model is not other.model:
+            got = "one of another model" if isinstance(other, Intervention) else type(other).__name__
+            raise ValueError(f"other: got {got}; allowed: an Intervention of the same model")
         return Intervention(self.model, f"{self.name}, {other.name}", (*self.edits, *other.edits))
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from sd_lens.interventions.cells import Cell, CellRunner, Patch
 from sd_lens.interventions.metrics import Answers, Metric, Score, answers_of, points_read, require_metric
+from sd_lens.interventions.options import require_subspace
 from sd_lens.interventions.pairs import PromptPairs
 from sd_lens.interventions.patches import TokenPatch, head_patch, read_in_stream
 from sd_lens.interventions.sites import direction_site, require_side, trigger_site
@@ -27,7 +28,7 @@ from sd_lens.models.loading import require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import require_shown
 from sd_lens.models.tokens import Prompts
-from sd_lens.tracing.arguments import require_blocks
+from sd_lens.tracing.arguments import require_blocks, require_seed
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.source import source_of
 
@@ -109,7 +110,10 @@ def patch_sweep(
     require_metric(metric, answers)
     n_blocks = int(model.cfg.n_layers)
     rows = _chosen("blocks", blocks, n_blocks)
-    _require_options(model, subspace, rank, controls, seed, batch_tokens)
+    require_subspace(model, subspace, rank, controls, batch_tokens)
+    if subspace is not None and rank not in (1, subspace.rank):
+        raise ValueError(f"rank: got {rank} with a subspace of rank {subspace.rank}; allowed: none beside a subspace")
+    require_seed(seed)
     pairs = PromptPairs.of(model, clean, corrupted, prepend_bos=prepend_bos)
     places = _chosen("positions", positions, pairs.longest)
     columns = list(range(int(model.cfg.n_heads))) if heads else places
@@ -202,25 +206,3 @@ def _chosen(argument: str, given: Any, n: int) -> list[int]:
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"{argument}: got {given!r}; allowed: at least one of 0 to {n - 1}, each once")
     return chosen
-
-
-def _require_options(model: Any, subspace: Any, rank: Any, controls: Any, seed: Any, batch_tokens: Any) -> None:
-    width = int(model.cfg.d_model)
-    if subspace is not None and not (isinstance(subspace, ExplosionSubspace) and subspace.model is model):
-        got = "one of another model" if isinstance(subspace, ExplosionSubspace) else type(subspace).__name__
-        raise ValueError(f"subspace: got {got}; allowed: an ExplosionSubspace of this model")
-    if subspace is not None and rank not in (1, subspace.rank):
-        raise ValueError(f"rank: got {rank} with a subspace of rank {subspace.rank}; allowed: none beside a subspace")
-    for argument, value, least in (("rank", rank, 1), ("controls", controls, 0), ("batch_tokens", batch_tokens, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{argument}: got {value!r}; allowed: a whole number from {least}")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed: got {seed!r}; allowed: a whole number")
-    rank = rank if subspace is None else subspace.rank
-    if rank > width:
-        raise ValueError(f"rank: got {rank}; allowed: 1 to {width}")
-    if controls and rank > width // 2 - 1:
-        raise ValueError(
-            f"controls: got {controls} with rank {rank}; allowed: 0, or a rank of at most {width // 2 - 1}, which leaves room for random "
-            "directions beside it"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,14 +10,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sd_lens.models.passes import IdWatcher, PassStart, padding_id
+from sd_lens.models.passes import IdWatcher, PassStart, leading_padding, padding_id
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import Hook
 
 Positions = Literal["all", "initial", "delimiters"] | Bool[Tensor, "mask_batch mask_pos"] | Sequence[int]
 """All tokens; the first of each prompt; those whose id is a delimiter's, anywhere but first; True in a mask; or positions by number.
 
-Masks and numbers count positions of the whole sequence, from 0; tokens beyond a mask's end (those generated) are not meant.
+Masks and numbers count columns of the whole sequence, from 0, padding included; tokens beyond a mask's end (those generated) are not meant.
+The first token of a prompt that is padded on the left is the first that is no padding.
 """
 
 _NAMES = ("all", "initial", "delimiters")
@@ -48,7 +50,7 @@ class PassWatcher:
         block: The block whose activations are edited.
         positions: Which tokens are meant.
         delimiters: Ids of delimiters.
-        needs_start: Whether the place of the pass in its sequence is needed for other reasons.
+        needs_place: Whether the place of tokens in their prompts is needed for other reasons.
     """
 
     def __init__(
@@ -58,21 +60,18 @@ class PassWatcher:
         positions: Positions,
         delimiters: Sequence[int] = (),
         *,
-        needs_start: bool = False,
+        needs_place: bool = False,
     ):
         self._positions = positions
         everywhere, by_number = isinstance(positions, str) and positions == "all", not isinstance(positions, str)
-        pad = padding_id(model)
-        padding = () if pad is None or everywhere or by_number else (pad,)
+        pad = padding_id(model) if needs_place or not (everywhere or by_number) else None
+        self._pad_is_bos = pad == getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+        padding = () if pad is None else (pad,)
         meant = tuple(delimiters) if not by_number and positions == "delimiters" else ()
         self._place = PassStart(model, block)
-        self._watches_place = needs_start or not everywhere
+        self._watches_place = needs_place or not everywhere
         self._ids = IdWatcher(model, padding, meant) if padding or meant else None
-
-    @property
-    def start(self) -> int:
-        """Position of the pass's first token in its sequence."""
-        return self._place.start
+        self._leading = torch.zeros(1, dtype=torch.long)
 
     def hooks(self) -> list[Hook]:
         """The hooks that watch; they change nothing."""
@@ -84,6 +83,21 @@ class PassWatcher:
         if self._ids is not None:
             self._ids.done()
 
+    def place(self, batch: int, length: int) -> Int[Tensor, "#batch pos"]:
+        """Position of every token in its own prompt, from 0; negative for padding on the left.
+
+        Args:
+            batch: Rows of the pass.
+            length: Its positions.
+        """
+        start = self._place.start
+        if start == 0:  # a pass that goes on has the padding of the one that it continues
+            known = None if self._ids is None else self._ids.known(batch, length)
+            none = torch.zeros(1, dtype=torch.long)
+            self._leading = none if known is None else leading_padding(known[0], self._place.blind, begins_prompts=self._pad_is_bos)
+        leading = self._leading if len(self._leading) in (1, batch) else self._leading.new_zeros(1)
+        return torch.arange(start, start + length) - leading.unsqueeze(1)
+
     def meant(self, batch: int, length: int) -> Bool[Tensor, "#batch #pos"] | None:
         """Which tokens of the pass are meant; None for all of them.
 
@@ -94,8 +108,7 @@ class PassWatcher:
         Raises:
             ValueError: A mask has another number of rows, or ids cannot be told.
         """
-        positions, start = self._positions, self.start
-        place = torch.arange(start, start + length).unsqueeze(0)
+        positions, start = self._positions, self._place.start
         if isinstance(positions, Tensor):
             if len(positions) not in (1, batch):
                 raise ValueError(
@@ -104,24 +117,28 @@ class PassWatcher:
             covered = positions.cpu()[:, start : start + length]
             return torch.nn.functional.pad(covered, (0, length - covered.shape[1]))
         if not isinstance(positions, str):
-            return torch.isin(place, torch.tensor(list(positions)))
+            return torch.isin(torch.arange(start, start + length), torch.tensor(list(positions))).unsqueeze(0)
         if positions == "all":
             return None
-        known = None if self._ids is None else self._ids.known(batch, length)
-        # The first token is the first that is no padding: padding on the left is recognised by its id.
-        first = torch.zeros(1, 1, dtype=torch.long)
-        if known is not None and start == 0:
-            first = known[0].long().cumprod(1).sum(1, keepdim=True)
+        place = self.place(batch, length)
         if positions == "initial":
-            return place == first
+            return place == 0
+        known = None if self._ids is None else self._ids.known(batch, length)
         if known is None:
             raise ValueError(
                 "positions: got 'delimiters', which are told by their ids, in a run that begins behind the embedding; allowed: a run from the "
                 "embedding on, or a mask"
             )
-        return known[1] & (place > first)
+        return known[1] & (place > 0)
 
 
 def ids_of(tokens: Int[Tensor, "token"] | Sequence[int]) -> tuple[int, ...]:
-    """Distinct ids, in ascending order."""
-    return tuple(sorted({int(token) for token in tokens}))
+    """Distinct ids, in ascending order.
+
+    Raises:
+        ValueError: They are no ids.
+    """
+    try:
+        return tuple(sorted({operator.index(token) for token in tokens}))
+    except TypeError:
+        raise ValueError(f"delimiters: got {tokens!r}; allowed: token ids") from None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sd_lens.interventions.coefficients import of_stream, points_of
@@ -31,7 +31,7 @@ def mean_coefficients(model: TransformerLensModel, prompts: Prompts, sites: Sequ
     Raises:
         ValueError: The prompts are unusable.
     """
-    sequences = tokenize(model, prompts)
+    sequences = _tokenized(model, prompts, "mean")
     sums = [torch.zeros(site.vectors.shape[1], dtype=torch.float64) for site in sites]
 
     def on_batch(batch: Batch) -> Callable[[int, Tensor], None]:
@@ -69,7 +69,7 @@ def source_coefficients(
     """
     if is_cache(source):
         return [_of_cache(source, site, weights, own) for site, own in zip(sites, vectors, strict=True)]
-    sequences = tokenize(model, source, prepend_bos=prepend_bos)  # pyright: ignore[reportArgumentType]
+    sequences = _tokenized(model, source, "source", prepend_bos=prepend_bos)
     longest = max(map(len, sequences))
     tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -89,6 +89,19 @@ def source_coefficients(
 def is_cache(source: Any) -> bool:
     """Whether something holds activations by their hook points' names."""
     return isinstance(source, Mapping) or hasattr(source, "cache_dict")
+
+
+def unknown_tokens(cache: Any) -> Int[Tensor, "*batch pos"]:
+    """Token ids −1 in the shape of a cache."""
+    first = hook_names.resid_pre(0)
+    return torch.full(tuple(cache[first].shape[:-1]) if first in set(cache.keys()) else (1, 1), -1)
+
+
+def _tokenized(model: TransformerLensModel, prompts: Any, argument: str, **options: Any) -> list[Tensor]:
+    try:
+        return tokenize(model, prompts, **options)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {str(error).removeprefix('prompts: ')}") from None
 
 
 def _of_cache(cache: Any, site: Site, weights: BlockWeights, vectors: Tensor) -> Tensor:

@@ -173,7 +173,10 @@ def response_curve(
     if not isinstance(vector, int) or isinstance(vector, bool) or not 0 <= vector < subspace.rank:
         raise ValueError(f"vector: got {vector!r}; allowed: 0 to {subspace.rank - 1}")
     d = len(subspace.right)
-    lengths = torch.linspace(d**0.5 / 50, d**0.5, 40) if scales is None else torch.as_tensor(scales, dtype=torch.float32).cpu()
+    try:
+        lengths = torch.linspace(d**0.5 / 50, d**0.5, 40) if scales is None else torch.as_tensor(scales, dtype=torch.float32).cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"scales: got {scales!r}; allowed: one or more finite lengths above 0") from None
     if lengths.ndim != 1 or not len(lengths) or not bool((lengths > 0).all() & lengths.isfinite().all()):
         raise ValueError(f"scales: got {scales}; allowed: one or more finite lengths above 0")
     weights, v = subspace.weights, subspace.right[:, vector]

@@ -47,8 +47,15 @@ class Site:
 
     @cached_property
     def _read(self) -> Tensor:
-        # Entries behind a gain of zero cannot be seen by the FFN either: they count as zero.
-        return self.vectors if self.gain is None else torch.where(self.gain[:, None] == 0, 0.0, self.vectors / self.gain[:, None])
+        if self.gain is None:
+            return self.vectors
+        seen = self.gain[:, None] != 0
+        read = torch.where(seen, self.vectors / self.gain[:, None], 0.0)
+        if bool(seen.all()):
+            return read
+        # Entries behind a gain of zero cannot be seen, by the FFN neither: coefficients are what fits the others best.
+        visible = torch.where(seen, self.vectors, 0.0).double()
+        return (read.double() @ torch.linalg.pinv(visible.T @ visible)).to(read)
 
     @cached_property
     def _write(self) -> Tensor:

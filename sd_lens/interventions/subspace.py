@@ -25,7 +25,7 @@ from sd_lens.interventions import coefficients as _coefficients
 from sd_lens.interventions.coefficients import Coefficients
 from sd_lens.interventions.intervention import Change, Edit, Intervention
 from sd_lens.interventions.positions import Positions, ids_of, require_positions
-from sd_lens.interventions.references import mean_coefficients, source_coefficients
+from sd_lens.interventions.references import is_cache, mean_coefficients, source_coefficients, unknown_tokens
 from sd_lens.interventions.sites import Side, Site, direction_site, require_side, trigger_site
 from sd_lens.linear.linearize import linearize
 from sd_lens.linear.maps import LinearMap
@@ -79,6 +79,8 @@ class ExplosionSubspace:
     def __post_init__(self) -> None:
         require_usable(self.model)
         require_block(self.block, int(self.model.cfg.n_layers))
+        if self.sigma.ndim != 1:
+            raise ValueError(f"sigma: got shape {tuple(self.sigma.shape)}; allowed: one singular value per vector")
         for name, vectors in (("right", self.right), ("left", self.left)):
             _require_orthonormal(name, vectors, int(self.model.cfg.d_model), len(self.sigma))
         last = int(self.model.cfg.d_vocab) - 1
@@ -112,6 +114,9 @@ class ExplosionSubspace:
             ValueError: The model, block or rank is unusable, the block cannot be linearised, or no block is given and none explodes.
         """
         require_usable(model)
+        if defects is not None and not isinstance(defects, Defects):
+            raise ValueError(f"defects: got {type(defects).__name__}; allowed: what find_defects found, or None")
+        delimiters = ids_of(delimiters)
         if block is None:
             defects = find_defects(source_of(model, None, may_need=()).trace()) if defects is None else defects
             if defects.main_block is None:
@@ -183,7 +188,7 @@ class ExplosionSubspace:
 
     def coefficients(
         self,
-        prompts: Prompts | Source | None = None,
+        prompts: Prompts | CacheLike | Source | None = None,
         *,
         side: Side = "trigger",
         cache: CacheLike | None = None,
@@ -195,7 +200,8 @@ class ExplosionSubspace:
         """How much of the subspace is in every token.
 
         Args:
-            prompts: Strings or token ids; default: the built-in texts. With a cache: the token ids it was run on.
+            prompts: Strings or token ids; default: the built-in texts. With ``cache``, the token ids it was run on. Or a cache by itself: its
+                tokens are then unknown, ids −1 in the result.
             side: ``"trigger"`` or ``"direction"``.
             cache: An `ActivationCache` of these tokens, with what adds up to the stream that the FFN reads, or with the stream after the
                 block.
@@ -209,9 +215,12 @@ class ExplosionSubspace:
         """
         require_side(side, ("trigger", "direction"))
         weights = self.weights
+        given: Any = prompts
+        if cache is None and is_cache(given):
+            given, cache = unknown_tokens(given), given
         source = source_of(
             self.model,
-            prompts,
+            given,
             may_need=_coefficients.points_of(weights, side),
             cache=cache,
             mask=mask,
@@ -245,6 +254,10 @@ class ExplosionSubspace:
         if mean is None:
             return self._edit("ablate", lambda site: _constant(torch.zeros(self.rank)), side, positions)
         require_positions(positions, self.delimiters)
+        if isinstance(mean, Tensor) and mean.ndim < 2 and not mean.is_floating_point():
+            raise ValueError(
+                f"mean: got {mean}, which may be coefficients or token ids; allowed: floating-point numbers, or ids as (batch, pos)"
+            )
         if isinstance(mean, (int, float)) or (isinstance(mean, Tensor) and mean.is_floating_point()):
             return self._edit("mean ablate", lambda site: _constant(self._values("mean", mean)), side, positions)
         sites = self.sites(side)
@@ -279,7 +292,7 @@ class ExplosionSubspace:
         vectors = [self.right if site.name != direction_site(self.block, self.left).name else self.left for site in sites]
         kept = source_coefficients(self.model, source, self.weights, sites, vectors, prepend_bos=prepend_bos)
         known = {site.name: values for site, values in zip(sites, kept, strict=True)}
-        return self._edit("patch", lambda site: _from_source(known[site.name]), side, positions, needs_start=True)
+        return self._edit("patch", lambda site: _from_source(known[site.name]), side, positions, needs_place=True)
 
     def steer(
         self,
@@ -310,10 +323,10 @@ class ExplosionSubspace:
             values = self._values("target", target)
             return self._edit("steer to a target", lambda site: _constant(values), side, positions)
         assert scale is not None
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
             raise ValueError(f"scale: got {scale!r}; allowed: a finite number")
         factor = float(scale)
-        return self._edit(f"steer by {factor:g}", lambda site: lambda c, start: factor * c, side, positions)
+        return self._edit(f"steer by {factor:g}", lambda site: lambda c, place: factor * c, side, positions)
 
     def response_curve(self, scales: Float[Tensor, "scale"] | Sequence[float] | None = None, *, vector: int = 0) -> ResponseCurve:
         """How the true FFN answers to ``c · v``, beside what the linear map predicts. See `sd_lens.interventions.responses.response_curve`."""
@@ -363,7 +376,7 @@ class ExplosionSubspace:
             ) from error
         return cls(model, block, **tensors, delimiters=delimiters)
 
-    def _edit(self, name: str, change: Any, side: Side, positions: Positions, *, needs_start: bool = False) -> Intervention:
+    def _edit(self, name: str, change: Any, side: Side, positions: Positions, *, needs_place: bool = False) -> Intervention:
         require_positions(positions, self.delimiters)
         where = (
             "a mask"
@@ -372,12 +385,12 @@ class ExplosionSubspace:
             if isinstance(positions, str)
             else f"positions {list(positions)}"
         )
-        edits = tuple(Edit(site, change(site), positions, self.delimiters, needs_start=needs_start) for site in self.sites(side))
+        edits = tuple(Edit(site, change(site), positions, self.delimiters, needs_place=needs_place) for site in self.sites(side))
         return Intervention(self.model, f"{name} the subspace of block {self.block} ({side}, {where})", edits)
 
     def _values(self, name: str, given: Tensor | float) -> Tensor:
         allowed = f"a finite number, or a tensor of {self.rank}"
-        if not isinstance(given, (int, float, Tensor)):
+        if not isinstance(given, (int, float, Tensor)) or isinstance(given, bool):
             raise ValueError(f"{name}: got {given!r}; allowed: {allowed}")
         values = torch.as_tensor(given, dtype=torch.float32).cpu()
         values = values.expand(self.rank) if values.ndim == 0 else values
@@ -391,17 +404,18 @@ class ExplosionSubspace:
 
 
 def _constant(values: Tensor) -> Change:
-    return lambda c, start: values.to(c).expand_as(c)
+    return lambda c, place: values.to(c).expand_as(c)
 
 
 def _from_source(known: Tensor) -> Change:
-    def change(c: Tensor, start: int) -> Tensor:
+    def change(c: Tensor, place: Tensor) -> Tensor:
         if len(known) not in (1, len(c)):
             raise ValueError(f"source: got {len(known)} rows; allowed: {len(c)} as in the run, or 1 for all of them")
-        there = known[:, start : start + c.shape[1]].to(c)
-        new = c.clone()
-        new[:, : there.shape[1]] = torch.where(there.isnan(), c[:, : there.shape[1]], there)
-        return new
+        longest = known.shape[1]
+        rows = torch.arange(len(known)).unsqueeze(1)
+        there = known[rows, place.clamp(0, longest - 1)].to(c)
+        outside = ((place < 0) | (place >= longest)).to(c.device).unsqueeze(-1)
+        return torch.where(there.isnan() | outside, c, there)
 
     return change
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sd_lens.models import hook_names
@@ -33,10 +33,12 @@ class PassStart:
 
     Attributes:
         start: Position of the pass's first token, from 0.
+        blind: Which queries of a pass from the start pay exactly nothing to the first key, in any head: an attention mask hides it from them.
     """
 
     def __init__(self, model: TransformerLensModel, block: int):
         self.start = 0
+        self.blind: Bool[Tensor, "batch pos"] | None = None
         self._end, self._block, self._window = 0, block, _window(model, block)
 
     def hooks(self) -> list[Hook]:
@@ -47,6 +49,7 @@ class PassStart:
         self.start = pattern.shape[-1] - pattern.shape[-2]
         if self._window is not None and self.start == self._window - 1:
             self.start = max(self.start, self._end)
+        self.blind = None if self.start else (pattern[..., 0] == 0).all(-2).reshape(-1, pattern.shape[-2]).cpu()
 
     def done(self, length: int) -> None:
         """To be called when the block has been passed.
@@ -54,7 +57,7 @@ class PassStart:
         Args:
             length: Positions of the pass.
         """
-        self._end, self.start = self.start + length, 0
+        self._end, self.start, self.blind = self.start + length, 0, None
 
 
 class IdWatcher:
@@ -133,10 +136,28 @@ def has_id(
 
 
 def padding_id(model: Any) -> int | None:
-    """The id that prompts are padded with; None where it is not known, or where it is that of BOS, which a prompt may begin with."""
-    tokenizer = getattr(model, "tokenizer", None)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return None if pad is None or pad == getattr(tokenizer, "bos_token_id", None) else int(pad)
+    """The id that prompts are padded with; None where it is not known."""
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    return None if pad is None else int(pad)
+
+
+def leading_padding(
+    is_padding: Bool[Tensor, "batch pos"], blind: Bool[Tensor, "batch pos"] | None, *, begins_prompts: bool
+) -> Int[Tensor, "batch"]:
+    """How many tokens at the beginning of each row are padding.
+
+    Args:
+        is_padding: Where a token has the padding's id.
+        blind: Which queries do not see the first key (`PassStart.blind`); None where that is not known.
+        begins_prompts: Whether prompts may begin with that id themselves, because it is BOS'. Then the last of several is the prompt's own if
+            it does not see the first, and all are where it does: no attention mask hides them.
+    """
+    run = is_padding.long().cumprod(1).sum(1)
+    if not begins_prompts:
+        return run
+    last = (run - 1).clamp(min=0)
+    hidden = torch.zeros_like(run, dtype=torch.bool) if blind is None else blind[torch.arange(len(run)), last]
+    return torch.where(hidden & (run > 1), last, 0)
 
 
 @torch.no_grad()

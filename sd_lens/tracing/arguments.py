@@ -39,3 +39,26 @@ def require_blocks(blocks: Any, n_blocks: int, *, otherwise: str, argument: str 
     for block in chosen:
         require_block(block, n_blocks, names=(), argument=argument)
     return chosen
+
+
+MOST_SEED = 2**62
+"""Largest seed: what is derived from it must fit into 64 bits."""
+
+
+def require_whole(argument: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises `ValueError` unless an argument is a whole number in a range.
+
+    Args:
+        argument: What it is called.
+        value: What was given.
+        least: The smallest allowed.
+        most: The largest allowed; None for no limit.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        allowed = f"a whole number from {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{argument}: got {value!r}; allowed: {allowed}")
+
+
+def require_seed(seed: Any) -> None:
+    """Raises `ValueError` unless a seed is one."""
+    require_whole("seed", seed, 0, MOST_SEED)

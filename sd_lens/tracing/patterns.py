@@ -15,6 +15,7 @@ from sd_lens.models import hook_names
 from sd_lens.models.batches import Batch
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts, decode_each
+from sd_lens.tracing.arguments import require_whole
 from sd_lens.tracing.sinks import sink_attention
 from sd_lens.tracing.source import Source, source_of
 from sd_lens.tracing.trace import CacheLike
@@ -161,10 +162,12 @@ def _largest_sinks(model: TransformerLensModel, source: Source, k: int) -> list[
 def _require_heads(model: TransformerLensModel, heads: Sequence[tuple[int, int]] | None, k: int) -> None:
     n_blocks, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     allowed = f"pairs of a block, 0 to {n_blocks - 1}, and a head, 0 to {n_heads - 1}, at least one"
-    if k < 1:
-        raise ValueError(f"k: got {k}; allowed: at least 1")
-    if heads is not None and len(heads) == 0:
-        raise ValueError(f"heads: got none; allowed: {allowed}")
-    for pair in heads or ():
-        if len(pair) != 2 or not (0 <= pair[0] < n_blocks and 0 <= pair[1] < n_heads):
-            raise ValueError(f"heads: got {pair}; allowed: {allowed}")
+    require_whole("k", k, 1)
+    if heads is None:
+        return
+    if not isinstance(heads, Sequence) or isinstance(heads, str) or len(heads) == 0:
+        raise ValueError(f"heads: got {heads!r}; allowed: {allowed}")
+    for pair in heads:
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(number, int) for number in pair)
+        if not whole or not (0 <= pair[0] < n_blocks and 0 <= pair[1] < n_heads):
+            raise ValueError(f"heads: got {pair!r}; allowed: {allowed}")

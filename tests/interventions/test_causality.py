@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_edited_there_is_left_alone_with_the_reason():
         ({"rank": 0}, r"^rank: got 0; allowed: 1 to 32"),
         ({"rank": 33}, r"^rank: got 33; allowed: 1 to 32"),
         ({"controls": -1}, r"^controls: got -1"),
-        ({"block": 1, "rank": 20, "controls": 1}, r"^control: a subspace of rank 20 leaves no room beside it in width 32"),
+        ({"block": 1, "rank": 20, "controls": 1}, r"^controls: got 1 with rank 20; allowed: 0, or a rank of at most 15"),
         ({"block": 1, "generate": [torch.tensor([500])]}, r"^generate: prompts: prompt 0 has token ids 500 to 500"),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_source_with_other_rows_is_refused_in_the_run_and_leaves_nothing(model
 
 def test_interventions_of_two_models_are_not_added():
     models = [zoo.cached("llama"), zoo.cached("gpt2")]
-    with pytest.raises(ValueError, match=r"interventions: got two of different models; allowed: of one model"):
+    with pytest.raises(ValueError, match=r"other: got one of another model; allowed: an Intervention of the same model"):
         _ = editing.random_subspace(models[0]).ablate() + editing.random_subspace(models[1]).ablate()
 
 

@@ -95,10 +95,12 @@ def test_padding_on_the_right_changes_nothing(family):
         torch.testing.assert_close(together[1:, :3], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_texts_padded_on_the_left():
-    """As a model pads them itself, with the mask that belongs to it: the same as one by one."""
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>"])
+def test_texts_padded_on_the_left(pad):
+    """As a model pads them itself, with the mask that belongs to it: the same as one by one; also where the padding is BOS, as GPT-2's is."""
     model = with_tokenizer("llama")
-    texts = ["abcdef", "b"]
+    model.tokenizer.pad_token = pad
+    texts = ["abcdef", "bcd", "b"]
     comma = model.to_tokens("b", prepend_bos=False)[0].tolist()
     subspace = editing.random_subspace(model, BLOCK, delimiters=tuple(comma))
     for positions in ("initial", "delimiters"):
@@ -109,8 +111,30 @@ def test_texts_padded_on_the_left():
                 torch.testing.assert_close(together[row, -len(alone) :], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_that_is_also_bos_is_not_recognised():
-    """A prompt may begin with it, so nothing is taken for padding."""
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>"])
+def test_a_source_is_laid_on_prompts_wherever_they_begin(pad):
+    """Patching from the same texts changes nothing, padded on the right or on the left; and from others it is as one by one."""
+    model = with_tokenizer("llama")
+    model.tokenizer.pad_token = pad
+    texts, others = ["abcdef", "bcde", "cd"], ["fedcba", "edcb", "ba"]
+    subspace = editing.random_subspace(model, BLOCK)
+    with torch.no_grad():
+        for padding_side in ("right", "left"):
+            plain = model(texts, padding_side=padding_side)
+            with subspace.patch(texts, side="both").attached():
+                torch.testing.assert_close(model(texts, padding_side=padding_side), plain, rtol=1e-5, atol=1e-5)
+            with subspace.patch(others, side="both").attached():
+                together = model(texts, padding_side=padding_side)
+            for row, (text, other) in enumerate(zip(texts, others, strict=True)):
+                with subspace.patch(other, side="both").attached():
+                    alone = model(text)[0]
+                shown = together[row, -len(alone) :] if padding_side == "left" else together[row, : len(alone)]
+                torch.testing.assert_close(shown, alone, rtol=1e-4, atol=1e-5)
+                assert float((alone - model(text)[0]).abs().max()) > 1e-3
+
+
+def test_a_prompt_may_begin_with_several_of_the_id_that_it_is_padded_with():
+    """No attention mask hides them, so they are the prompt's own."""
     model = with_tokenizer("llama")
     model.tokenizer.pad_token = "<bos>"
     tokens = torch.tensor([[0, 7, 8], [0, 0, 8]])

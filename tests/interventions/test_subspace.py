@@ -254,13 +254,13 @@ VALUES = {
     "target: got 'much'; allowed: a finite number, or a tensor of 2": lambda s: s.steer(target="much"),
     "mean: got tensor([nan, 1.]); allowed: a finite number, or a tensor of 2": lambda s: s.ablate(mean=torch.tensor([NAN, 1.0])),
     "mean: got inf; allowed: a finite number, or a tensor of 2": lambda s: s.ablate(mean=math.inf),
-    "prompts: got a tensor of shape (2, 2, 2)": lambda s: s.ablate(mean=torch.zeros(2, 2, 2, dtype=torch.long)),
-    "prompts: got no prompt": lambda s: s.ablate(mean=[]),
-    "prompts: got text for a model without tokenizer": lambda s: s.ablate(mean="text"),
-    "prompts: prompt 0 has token ids 3 to 101": lambda s: s.patch(torch.tensor([[3, 101]])),
-    "prompts: got no prompt; ": lambda s: s.patch([]),
-    "prompts: prompt 1 is empty": lambda s: s.patch([torch.tensor([3]), torch.tensor([], dtype=torch.long)]),
-    "prompts: got NoneType": lambda s: s.patch(None),
+    "mean: got a tensor of shape (2, 2, 2)": lambda s: s.ablate(mean=torch.zeros(2, 2, 2, dtype=torch.long)),
+    "mean: got no prompt": lambda s: s.ablate(mean=[]),
+    "mean: got text for a model without tokenizer": lambda s: s.ablate(mean="text"),
+    "source: prompt 0 has token ids 3 to 101": lambda s: s.patch(torch.tensor([[3, 101]])),
+    "source: got no prompt; ": lambda s: s.patch([]),
+    "source: prompt 1 is empty": lambda s: s.patch([torch.tensor([3]), torch.tensor([], dtype=torch.long)]),
+    "source: got NoneType": lambda s: s.patch(None),
     "source: the cache lacks blocks.1.": lambda s: s.patch({"blocks.0.hook_resid_pre": torch.zeros(1, 3, 32)}),
     "source: got shape (1, 3, 16) at blocks.1.hook_resid_post; allowed: ": lambda s: s.patch(
         {"blocks.1.hook_resid_post": torch.zeros(1, 3, 16)}, side="direction"
@@ -294,7 +294,7 @@ def test_a_cache_that_lacks_hook_points_is_told_which():
 
 
 def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="prompts: got an empty prompt; allowed: prompts of at least one character"):
+    with pytest.raises(ValueError, match="source: got an empty prompt; allowed: prompts of at least one character"):
         editing.random_subspace(with_tokenizer("llama"), BLOCK).patch(["abc", ""])
 
 

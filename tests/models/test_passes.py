@@ -101,7 +101,7 @@ def test_padding_is_known_unless_a_prompt_may_begin_with_it():
     model = with_tokenizer("llama")
     assert padding_id(model) == zoo.PAD
     model.tokenizer.pad_token = "<bos>"
-    assert padding_id(model) is None
+    assert padding_id(model) == zoo.BOS
 
 
 def test_a_window_that_is_full_is_counted_on():
