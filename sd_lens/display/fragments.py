@@ -25,6 +25,11 @@ def _piece(macro: str, **values: Any) -> Markup:
     return getattr(environment().get_template("fragments.html.j2").module, macro)(**values)
 
 
+def texts(headings: list[str], rows: list[list[str]]) -> Markup:
+    """Texts side by side, a column per heading."""
+    return _piece("texts", headings=headings, rows=rows)
+
+
 def paragraph(text: str) -> Markup:
     """A paragraph of plain text."""
     return Markup("<p>{}</p>\n").format(text)

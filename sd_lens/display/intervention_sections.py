@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from sd_lens.anatomy import NOTHING
 from sd_lens.display.figures import consequence_panels, response_curve
-from sd_lens.display.fragments import environment, figure, joined, paragraph, subheading, table
+from sd_lens.display.fragments import figure, joined, paragraph, subheading, table, texts
 from sd_lens.display.labels import visible
 from sd_lens.interventions.causality import Causality
 from sd_lens.interventions.outcomes import Consequences, times
@@ -71,10 +71,8 @@ def _table(found: Consequences) -> Markup:
 
 def _side_by_side(found: Consequences) -> Markup:
     """A column per place, line breaks and indents as they are."""
-    texts = found.texts.fillna("–")
-    rows = [[_written(text) for text in row] for row in texts.itertuples(index=False)]
-    module = environment().get_template("fragments.html.j2").module
-    return getattr(module, "texts")(headings=list(texts.columns), rows=rows)  # noqa: B009  # a macro, known at run time
+    shown = found.texts.fillna("–")
+    return texts(list(shown.columns), [[_written(text) for text in row] for row in shown.itertuples(index=False)])
 
 
 def _written(text: str) -> str:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from sd_lens.anatomy import attempt
 from sd_lens.interventions.consequences import consequences, require_options
 from sd_lens.interventions.generation import BEGINNINGS, Beginnings
+from sd_lens.interventions.options import require_subspace
 from sd_lens.interventions.outcomes import SIDES, WHERE, Consequences, Where
 from sd_lens.interventions.responses import ResponseCurve
 from sd_lens.interventions.sites import Side
 from sd_lens.interventions.subspace import ExplosionSubspace
+from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
-from sd_lens.tracing.arguments import require_block
+from sd_lens.tracing.arguments import require_block, require_seed
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.source import Source, source_of
 from sd_lens.tracing.trace import MIN_RATIO
@@ -91,11 +93,12 @@ def causality(
         >>> found.consequences.untouched.measures.block_ratio > 1000, found.consequences.main.measures.block_ratio < 1.5
         (True, True)
     """
+    require_usable(model)
     require_options(where, sides, controls, max_new_tokens)
+    require_subspace(model, None, rank, controls, batch_tokens)
+    require_seed(seed)
     if block is not None:
         require_block(block, int(model.cfg.n_layers))
-    if not 1 <= rank <= int(model.cfg.d_model):
-        raise ValueError(f"rank: got {rank}; allowed: 1 to {int(model.cfg.d_model)}")
     source = source_of(model, prompts, may_need=(), prepend_bos=prepend_bos, batch_tokens=batch_tokens, progress=progress)
     defects = find_defects(source.trace(min_ratio=min_ratio), min_ratio=min_ratio)
     missing: dict[str, str] = {}

@@ -14,9 +14,9 @@ from torch import Tensor
 from sd_lens.linear.trigger import normalised
 from sd_lens.models import hook_names
 from sd_lens.models.batches import Batch
-from sd_lens.models.tokens import decode_each
 from sd_lens.models.weights import BlockWeights
 from sd_lens.tracing.source import Source
+from sd_lens.tracing.trace import labels_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -102,17 +102,12 @@ def measure(source: Source, weights: BlockWeights, vectors: Float[Tensor, "d_mod
         return receive
 
     source.run(points, on_batch, stop_at=block + 1, label="coefficients")
-    tokens = torch.cat(source.sequences)
-    lengths = torch.tensor([len(sequence) for sequence in source.sequences])
     return Coefficients(
         model_name=str(getattr(source.model.cfg, "model_name", "model")),
         block=block,
         side=side,
         values=values,
-        tokens=tokens,
-        prompt=torch.arange(len(lengths)).repeat_interleave(lengths),
-        position=torch.cat([torch.arange(int(length)) for length in lengths]),
-        texts=tuple(decode_each(source.model, tokens.tolist())),
+        **labels_of(source.sequences, source.model),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd_lens.interventions.sites import Side
 from sd_lens.interventions.subspace import ExplosionSubspace
-from sd_lens.models.loading import inference
+from sd_lens.models.generating import greedy
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import decode_each, tokenize
 
@@ -103,32 +103,15 @@ def continuations(
     names = {"initial": "initial", "delimiters": "delimiters", "everywhere": "all"}
     for sequence in sequences:
         prompt = _text(model, sequence.tolist())
-        untouched = _greedy(model, sequence, max_new_tokens, cached)
+        untouched = greedy(model, sequence, max_new_tokens, cached=cached)
         found.append(_continuation(model, prompt, sequence, untouched, untouched, "none", "none"))
         for place in where:
             if place == "delimiters" and not subspace.delimiters:
                 continue
             with subspace.ablate(side=side, positions=names[place]).attached():  # pyright: ignore[reportArgumentType]
-                edited = _greedy(model, sequence, max_new_tokens, cached)
+                edited = greedy(model, sequence, max_new_tokens, cached=cached)
             found.append(_continuation(model, prompt, sequence, edited, untouched, side, place))
     return found
-
-
-def _greedy(model: Any, sequence: Tensor, max_new_tokens: int, cached: bool) -> list[int]:
-    room = min(max_new_tokens, int(model.cfg.n_ctx) - len(sequence))
-    tokenizer = getattr(model, "tokenizer", None)
-    ends = getattr(tokenizer, "eos_token_id", None) is not None
-    with inference(model):
-        whole = model.generate(
-            sequence.unsqueeze(0).to(model.cfg.device),
-            max_new_tokens=room,
-            do_sample=False,
-            stop_at_eos=ends,
-            # Without a tokenizer, HookedTransformer puts the whole text behind its cache again for every token.
-            use_past_kv_cache=cached and tokenizer is not None,
-            verbose=False,
-        )
-    return whole[0, len(sequence) :].tolist()
 
 
 def _continuation(

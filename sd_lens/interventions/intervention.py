@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from sd_lens.interventions.changes import Change
 from sd_lens.interventions.positions import PassWatcher, Positions
 from sd_lens.interventions.sites import Site
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import Hook
 from sd_lens.tracing.arguments import require_seed
-
-Change = Callable[[Float[Tensor, "batch pos rank"], Int[Tensor, "#batch pos"]], Float[Tensor, "batch pos rank"]]
-"""New coefficients, of those that are there and the positions that they have in their prompts (negative at padding on the left)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from sd_lens.models.batches import Batch
+from sd_lens.models.batches import Batch, padded
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts, decode_each, tokenize
 
@@ -47,7 +43,7 @@ class PromptPairs:
                 raise ValueError(
                     f"corrupted: got {len(other)} tokens in prompt {number}; allowed: {len(one)}, as many as its clean prompt has"
                 )
-        return cls(_padded(first), _padded(second))
+        return cls(padded(first), padded(second))
 
     @property
     def n_prompts(self) -> int:
@@ -74,10 +70,3 @@ class PromptPairs:
 
 def _text(model: TransformerLensModel, ids: Sequence[int]) -> str | None:
     return decode_each(model, ids)[0] if len(ids) == 1 else None
-
-
-def _padded(sequences: Sequence[Int[Tensor, "_"]]) -> Batch:
-    tokens = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-    return Batch(tokens, mask, torch.zeros_like(tokens))

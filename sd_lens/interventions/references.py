@@ -12,7 +12,7 @@ from torch import Tensor
 from sd_lens.interventions.coefficients import of_stream, points_of
 from sd_lens.interventions.sites import Site
 from sd_lens.models import hook_names
-from sd_lens.models.batches import Batch, batches
+from sd_lens.models.batches import Batch, batches, padded
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import run_batches
 from sd_lens.models.tokens import Prompts, tokenize
@@ -50,7 +50,6 @@ def source_coefficients(
     source: Prompts | CacheLike,
     weights: BlockWeights,
     sites: Sequence[Site],
-    vectors: Sequence[Float[Tensor, "d_model rank"]],
     *,
     prepend_bos: bool | None = None,
 ) -> list[Float[Tensor, "batch pos rank"]]:
@@ -61,28 +60,22 @@ def source_coefficients(
         source: Prompts, run in one batch, so that a run of the same prompts has the same numbers to the bit; or a cache.
         weights: The block.
         sites: Where.
-        vectors: The subspace's vectors at each site.
         prepend_bos: Passed to the tokenisation of strings.
 
     Raises:
         ValueError: The prompts are unusable, or the cache lacks hook points.
     """
     if is_cache(source):
-        return [_of_cache(source, site, weights, own) for site, own in zip(sites, vectors, strict=True)]
+        return [_of_cache(source, site, weights) for site in sites]
     sequences = _tokenized(model, source, "source", prepend_bos=prepend_bos)
-    longest = max(map(len, sequences))
-    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, True
+    batch = padded(sequences)
     kept: list[Tensor] = [torch.empty(0)] * len(sites)
 
     def receive(point: int, activation: Tensor) -> None:
         values = sites[point].coefficients(activation)
-        kept[point] = values.masked_fill(~mask.to(values.device).unsqueeze(-1), float("nan"))
+        kept[point] = values.masked_fill(~batch.mask.to(values.device).unsqueeze(-1), float("nan"))
 
-    one = Batch(tokens, mask, torch.zeros_like(tokens))
-    run_batches(model, [one], [site.name for site in sites], lambda batch: receive, stop_at=_last(sites), label="source")
+    run_batches(model, [batch], [site.name for site in sites], lambda batch: receive, stop_at=_last(sites), label="source")
     return kept
 
 
@@ -104,7 +97,7 @@ def _tokenized(model: TransformerLensModel, prompts: Any, argument: str, **optio
         raise ValueError(f"{argument}: {str(error).removeprefix('prompts: ')}") from None
 
 
-def _of_cache(cache: Any, site: Site, weights: BlockWeights, vectors: Tensor) -> Tensor:
+def _of_cache(cache: Any, site: Site, weights: BlockWeights) -> Tensor:
     side = "direction" if site.name == hook_names.resid_post(weights.block) else "trigger"
     names, points = set(cache.keys()), points_of(weights, side)
     for name in {site.name, *points} & names:
@@ -114,7 +107,7 @@ def _of_cache(cache: Any, site: Site, weights: BlockWeights, vectors: Tensor) ->
     if site.name in names:
         values = site.coefficients(cache[site.name].detach())
     elif all(name in names for name in points):
-        values = of_stream(weights, [cache[name].detach() for name in points], vectors, side)
+        values = of_stream(weights, [cache[name].detach() for name in points], site.vectors, side)
     else:
         wanted = dict.fromkeys([site.name, *points])
         raise ValueError(

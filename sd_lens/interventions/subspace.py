@@ -10,7 +10,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd_lens.interventions import coefficients as _coefficients
+from sd_lens.interventions.changes import Change, constant, from_source, scaled
 from sd_lens.interventions.coefficients import Coefficients
-from sd_lens.interventions.intervention import Change, Edit, Intervention
+from sd_lens.interventions.intervention import Edit, Intervention
 from sd_lens.interventions.positions import Positions, ids_of, require_positions
 from sd_lens.interventions.references import is_cache, mean_coefficients, source_coefficients, unknown_tokens
 from sd_lens.interventions.sites import Side, Site, direction_site, require_side, trigger_site
+from sd_lens.interventions.vectors import require_orthonormal, triplets_of
 from sd_lens.linear.linearize import linearize
 from sd_lens.linear.maps import LinearMap
-from sd_lens.linear.spectra import SingularTriplets, leading_singular
-from sd_lens.linear.trigger import signed
+from sd_lens.linear.spectra import SingularTriplets
 from sd_lens.models.loading import require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from sd_lens.interventions.responses import ResponseCurve, SingularProbe
 
 _KEY = "sd_lens.ExplosionSubspace"
-_ORTHONORMAL = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class ExplosionSubspace:
         if self.sigma.ndim != 1:
             raise ValueError(f"sigma: got shape {tuple(self.sigma.shape)}; allowed: one singular value per vector")
         for name, vectors in (("right", self.right), ("left", self.left)):
-            _require_orthonormal(name, vectors, int(self.model.cfg.d_model), len(self.sigma))
+            require_orthonormal(name, vectors, int(self.model.cfg.d_model), len(self.sigma))
         last = int(self.model.cfg.d_vocab) - 1
         for token in self.delimiters:
             if not 0 <= token <= last:
@@ -151,15 +151,7 @@ class ExplosionSubspace:
         """
         require_usable(model)
         require_block(block, int(model.cfg.n_layers))
-        width = int(model.cfg.d_model)
-        own, most = _sizes(linear_map)
-        if own != width:
-            raise ValueError(f"linear_map: got one of width {own}; allowed: {width}, the model's")
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
-            raise ValueError(f"rank: got {rank!r}; allowed: 1 to {most}")
-        triplets = linear_map if isinstance(linear_map, SingularTriplets) else leading_singular(linear_map, k=rank)
-        triplets = signed(weights_of(model)[block], SingularTriplets(triplets.u[:, :rank], triplets.s[:rank], triplets.v[:, :rank]))
-        right, left, sigma = (tensor.detach().float().cpu().contiguous() for tensor in (triplets.v, triplets.u, triplets.s))
+        left, sigma, right = triplets_of(weights_of(model)[block], linear_map, rank)
         return cls(model, block, right, left, sigma, ids_of(delimiters))
 
     @property
@@ -252,17 +244,17 @@ class ExplosionSubspace:
             ValueError: An argument is unusable, or the model has no hook point for this.
         """
         if mean is None:
-            return self._edit("ablate", lambda site: _constant(torch.zeros(self.rank)), side, positions)
+            return self._edit("ablate", lambda site: constant(torch.zeros(self.rank)), side, positions)
         require_positions(positions, self.delimiters)
         if isinstance(mean, Tensor) and mean.ndim < 2 and not mean.is_floating_point():
             raise ValueError(
                 f"mean: got {mean}, which may be coefficients or token ids; allowed: floating-point numbers, or ids as (batch, pos)"
             )
         if isinstance(mean, (int, float)) or (isinstance(mean, Tensor) and mean.is_floating_point()):
-            return self._edit("mean ablate", lambda site: _constant(self._values("mean", mean)), side, positions)
+            return self._edit("mean ablate", lambda site: constant(self._values("mean", mean)), side, positions)
         sites = self.sites(side)
         means = {site.name: value for site, value in zip(sites, mean_coefficients(self.model, mean, sites), strict=True)}
-        return self._edit("mean ablate", lambda site: _constant(means[site.name]), side, positions)
+        return self._edit("mean ablate", lambda site: constant(means[site.name]), side, positions)
 
     def patch(
         self,
@@ -289,10 +281,9 @@ class ExplosionSubspace:
         """
         require_positions(positions, self.delimiters)
         sites = self.sites(side)
-        vectors = [self.right if site.name != direction_site(self.block, self.left).name else self.left for site in sites]
-        kept = source_coefficients(self.model, source, self.weights, sites, vectors, prepend_bos=prepend_bos)
+        kept = source_coefficients(self.model, source, self.weights, sites, prepend_bos=prepend_bos)
         known = {site.name: values for site, values in zip(sites, kept, strict=True)}
-        return self._edit("patch", lambda site: _from_source(known[site.name]), side, positions, needs_place=True)
+        return self._edit("patch", lambda site: from_source(known[site.name]), side, positions, needs_place=True)
 
     def steer(
         self,
@@ -321,12 +312,12 @@ class ExplosionSubspace:
             raise ValueError(f"scale, target: got {'both' if scale is not None else 'neither'}; allowed: one of them")
         if target is not None:
             values = self._values("target", target)
-            return self._edit("steer to a target", lambda site: _constant(values), side, positions)
+            return self._edit("steer to a target", lambda site: constant(values), side, positions)
         assert scale is not None
         if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
             raise ValueError(f"scale: got {scale!r}; allowed: a finite number")
         factor = float(scale)
-        return self._edit(f"steer by {factor:g}", lambda site: lambda c, place: factor * c, side, positions)
+        return self._edit(f"steer by {factor:g}", lambda site: scaled(factor), side, positions)
 
     def response_curve(self, scales: Float[Tensor, "scale"] | Sequence[float] | None = None, *, vector: int = 0) -> ResponseCurve:
         """How the true FFN answers to ``c · v``, beside what the linear map predicts. See `sd_lens.interventions.responses.response_curve`."""
@@ -376,13 +367,15 @@ class ExplosionSubspace:
             ) from error
         return cls(model, block, **tensors, delimiters=delimiters)
 
-    def _edit(self, name: str, change: Any, side: Side, positions: Positions, *, needs_place: bool = False) -> Intervention:
+    def _edit(
+        self, name: str, change: Callable[[Site], Change], side: Side, positions: Positions, *, needs_place: bool = False
+    ) -> Intervention:
         require_positions(positions, self.delimiters)
         where = (
-            "a mask"
-            if isinstance(positions, Tensor)
-            else positions
+            positions
             if isinstance(positions, str)
+            else "a mask"
+            if isinstance(positions, Tensor)
             else f"positions {list(positions)}"
         )
         edits = tuple(Edit(site, change(site), positions, self.delimiters, needs_place=needs_place) for site in self.sites(side))
@@ -401,43 +394,3 @@ class ExplosionSubspace:
     def __repr__(self) -> str:
         sigma = ", ".join(f"{value:.3g}" for value in self.sigma[:3].tolist()) + (", ..." if self.rank > 3 else "")
         return f"ExplosionSubspace({getattr(self.model.cfg, 'model_name', 'model')}, block {self.block}, rank {self.rank}, sigma {sigma})"
-
-
-def _constant(values: Tensor) -> Change:
-    return lambda c, place: values.to(c).expand_as(c)
-
-
-def _from_source(known: Tensor) -> Change:
-    def change(c: Tensor, place: Tensor) -> Tensor:
-        if len(known) not in (1, len(c)):
-            raise ValueError(f"source: got {len(known)} rows; allowed: {len(c)} as in the run, or 1 for all of them")
-        longest = known.shape[1]
-        rows = torch.arange(len(known)).unsqueeze(1)
-        there = known[rows, place.clamp(0, longest - 1)].to(c)
-        outside = ((place < 0) | (place >= longest)).to(c.device).unsqueeze(-1)
-        return torch.where(there.isnan() | outside, c, there)
-
-    return change
-
-
-def _sizes(linear_map: Any) -> tuple[int, int]:
-    """A map's width, and how many singular triplets of it can be had."""
-    if isinstance(linear_map, SingularTriplets):
-        return len(linear_map.v), len(linear_map.s)
-    if isinstance(linear_map, LinearMap):
-        return linear_map.d_model, linear_map.d_model
-    if isinstance(linear_map, Tensor) and linear_map.ndim == 2 and len(linear_map) == linear_map.shape[1]:
-        return len(linear_map), len(linear_map)
-    got = f"a tensor of shape {tuple(linear_map.shape)}" if isinstance(linear_map, Tensor) else type(linear_map).__name__
-    raise ValueError(
-        f"linear_map: got {got}; allowed: a LinearMap such as linearize(...).ffn, a square matrix, or SingularTriplets"
-    )
-
-
-def _require_orthonormal(name: str, vectors: Tensor, width: int, rank: int) -> None:
-    if vectors.shape != (width, rank) or not bool(vectors.isfinite().all()):
-        raise ValueError(
-            f"{name}: got shape {tuple(vectors.shape)}, or NaN; allowed: {rank} finite columns of {width}, the model's width"
-        )
-    if float((vectors.T @ vectors - torch.eye(rank)).abs().max()) > _ORTHONORMAL:
-        raise ValueError(f"{name}: got columns that are not orthonormal; allowed: singular vectors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -42,16 +42,23 @@ def batches(sequences: Sequence[Int[Tensor, "_"]], *, batch_tokens: int) -> list
         longest = len(sequences[order[0]])
         size = max(1, batch_tokens // longest)
         chosen, order = order[:size], order[size:]
-        tokens = torch.zeros(len(chosen), longest, dtype=torch.long)
-        flat = torch.zeros_like(tokens)
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        for row, prompt in enumerate(chosen):
-            length = len(sequences[prompt])
-            tokens[row, :length] = sequences[prompt]
-            flat[row, :length] = torch.arange(starts[prompt], starts[prompt] + length)
-            mask[row, :length] = True
-        result.append(Batch(tokens, mask, flat))
+        batch = padded([sequences[prompt] for prompt in chosen])
+        first = torch.tensor([starts[prompt] for prompt in chosen]).unsqueeze(1)
+        result.append(replace(batch, flat=(first + torch.arange(longest)) * batch.mask))
     return result
+
+
+def padded(sequences: Sequence[Int[Tensor, "_"]]) -> Batch:
+    """Prompts in one batch, in their order.
+
+    Args:
+        sequences: One tensor of token ids per prompt.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(1)
+    tokens = torch.nn.utils.rnn.pad_sequence([sequence.long() for sequence in sequences], batch_first=True)
+    position = torch.arange(tokens.shape[1])
+    mask = position < lengths
+    return Batch(tokens, mask, (lengths.cumsum(0) - lengths + position) * mask)
 
 
 def equally_long(sequences: Int[Tensor, "prompt pos"], *, batch_tokens: int) -> list[Batch]:

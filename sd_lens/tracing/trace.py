@@ -295,6 +295,23 @@ def stream_norms(stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*bat
     return torch.linalg.vector_norm(stream, dim=-1, dtype=torch.promote_types(stream.dtype, torch.float32)).float()
 
 
+def labels_of(sequences: Sequence[Int[Tensor, "_"]], model: Any) -> dict[str, Any]:
+    """What is known of every token of some prompts, one after the other: ``tokens``, ``prompt``, ``position`` and ``texts``.
+
+    Args:
+        sequences: Token ids, one tensor per prompt.
+        model: The model, for its tokenizer; None where it is not known.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    tokens = torch.cat(list(sequences))
+    return {
+        "tokens": tokens,
+        "prompt": torch.arange(len(sequences)).repeat_interleave(lengths),
+        "position": torch.cat([torch.arange(int(length)) for length in lengths]),
+        "texts": tuple(decode_each(model, tokens.tolist())),
+    }
+
+
 def labelled(
     norms: Float[Tensor, "point token"], sequences: Sequence[Int[Tensor, "_"]], model: Any, *, n_blocks: int, d_model: int
 ) -> NormTrace:
@@ -307,14 +324,9 @@ def labelled(
         n_blocks: How many blocks it has.
         d_model: Its width.
     """
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    tokens = torch.cat(list(sequences))
     return NormTrace(
         norms=norms,
-        tokens=tokens,
-        prompt=torch.arange(len(sequences)).repeat_interleave(lengths),
-        position=torch.cat([torch.arange(int(length)) for length in lengths]),
-        texts=tuple(decode_each(model, tokens.tolist())),
+        **labels_of(sequences, model),
         model_name=str(getattr(getattr(model, "cfg", None), "model_name", "model")),
         d_model=d_model,
         n_blocks=n_blocks,
