@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from benchmarks.machine import machine
 from benchmarks.models import random_llama, text_windows
-from sd_lens.display.files import write_text
 from sd_lens.interventions.patching import patch_sweep
 from sd_lens.interventions.subspace import ExplosionSubspace
+from sd_lens.models.files import write_text
 from sd_lens.models.loading import load
 
 RESULTS = Path(__file__).parent / "results" / "patching.md"

@@ -35,9 +35,9 @@ from tqdm import tqdm
 from benchmarks.machine import machine
 from benchmarks.memory import PeakMemory
 from benchmarks.models import random_llama
-from sd_lens.display.files import write_text
 from sd_lens.linear.trigger import trigger_direction
 from sd_lens.models.batches import equally_long
+from sd_lens.models.files import write_text
 from sd_lens.models.loading import inference, load, weights_of
 from sd_lens.models.running import run_batches
 from sd_lens.tracing.alone import Alone, Target

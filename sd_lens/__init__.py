@@ -10,6 +10,14 @@ Ten lines to begin with::
     table = sd_lens.block_directions(model)
 """
 
+from sd_lens.applications.distances import SignatureDistances, SignaturePair
+from sd_lens.applications.dynamics import direction_stability
+from sd_lens.applications.lineage import signature_distances
+from sd_lens.applications.quantization import quantization_study
+from sd_lens.applications.quantization_result import QuantizationStudy, Recommendation
+from sd_lens.applications.signature import Signature
+from sd_lens.applications.signing import signature
+from sd_lens.applications.stability import CheckpointState, DirectionStability
 from sd_lens.findings import Findings, analyse
 from sd_lens.interventions.coefficients import Coefficients
 from sd_lens.interventions.consequences import Consequences, consequences
@@ -27,6 +35,7 @@ from sd_lens.linear.maps import DenseMap, LinearMap
 from sd_lens.linear.measured import measure_inputs, measure_router
 from sd_lens.linear.spectra import Eigenpair, SingularTriplets, eigen_nearest, leading_singular
 from sd_lens.linear.trigger import Trigger, trigger_direction
+from sd_lens.models.amplified import Amplified, amplified
 from sd_lens.models.check import Check, check
 from sd_lens.models.loading import ModelStateWarning, load, weights_of
 from sd_lens.models.planted import Planted, planted
@@ -55,12 +64,14 @@ from sd_lens.tracing.vocabulary_scan import VocabularyScan
 __version__ = "0.1.0"
 
 __all__ = [
+    "Amplified",
     "AttentionWeights",
     "Attribution",
     "BlockDirections",
     "BlockMap",
     "BlockWeights",
     "Check",
+    "CheckpointState",
     "Coefficients",
     "Component",
     "Confirmation",
@@ -68,6 +79,7 @@ __all__ = [
     "DefectDirection",
     "Defects",
     "DenseMap",
+    "DirectionStability",
     "Eigenpair",
     "ExplosionSubspace",
     "FFNWeights",
@@ -87,8 +99,13 @@ __all__ = [
     "PatchSweep",
     "Planted",
     "PostScales",
+    "QuantizationStudy",
+    "Recommendation",
     "RepeatedTokens",
     "ResponseCurve",
+    "Signature",
+    "SignatureDistances",
+    "SignaturePair",
     "SingularProbe",
     "SingularTriplets",
     "SinkAttention",
@@ -99,6 +116,7 @@ __all__ = [
     "Trigger",
     "VocabularyScan",
     "acute_angle",
+    "amplified",
     "analyse",
     "attribute_norm",
     "attribute_sublayers",
@@ -108,6 +126,7 @@ __all__ = [
     "confirm_in_context",
     "consequences",
     "defect_direction",
+    "direction_stability",
     "directions_of",
     "eigen_nearest",
     "find_defects",
@@ -122,10 +141,13 @@ __all__ = [
     "patch_sweep",
     "planted",
     "probe_singular_vectors",
+    "quantization_study",
     "repeated_tokens",
     "report",
     "response_curve",
     "scan_vocabulary",
+    "signature",
+    "signature_distances",
     "sink_attention",
     "super_weights",
     "token_pathways",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd_lens.anatomy import Anatomy, anatomy
+from sd_lens.applications.uses import Uses, uses
 from sd_lens.interventions.causality import Causality, causality
 from sd_lens.interventions.generation import BEGINNINGS
 from sd_lens.linear.directions import BlockDirections, directions_of
@@ -44,6 +45,7 @@ class Findings:
         anatomy: What the explosion is made of.
         pathways: How tokens get to a high norm.
         causality: What the explosion's subspace does.
+        uses: The model's signature, and what a quantiser must spare.
     """
 
     check: Check
@@ -54,10 +56,11 @@ class Findings:
     anatomy: Anatomy
     pathways: Pathways
     causality: Causality
+    uses: Uses
 
     def sentences(self) -> tuple[str, ...]:
         """What was found: the first sentence says whether anything was, the second what makes it."""
-        parts = (self.anatomy, self.pathways, self.causality) if self.defects.found else ()
+        parts = (self.anatomy, self.pathways, self.causality, self.uses) if self.defects.found else ()
         return finding(self.defects), whence(self), *(sentence for part in parts for sentence in part.sentences())
 
     def __repr__(self) -> str:
@@ -117,6 +120,7 @@ def analyse(
         anatomy=anatomy(model, source, min_ratio=min_ratio, **options),
         pathways=pathways(model, source, max_ids=SCANNED, min_ratio=min_ratio, **options),
         causality=_causality(model, source, defects, checked, prepend_bos=prepend_bos, **options),
+        uses=uses(model, defects, prompts="built-in" if prompts is None else "given", **options),
     )
 
 

@@ -38,9 +38,9 @@ def report(
         >>> report(load("tiny"), out="report.html").defects.found  # doctest: +SKIP
         True
     """
-    from sd_lens.display.files import require_writable
     from sd_lens.display.records import report_record, write_json
     from sd_lens.display.report import render, write_page
+    from sd_lens.models.files import require_writable
 
     if json is not None and os.path.realpath(out) == os.path.realpath(json):
         raise ValueError(f"out, json: got {os.fspath(out)!r} for both; allowed: two files")

@@ -412,6 +412,7 @@ def test_every_import_points_down():
         "anatomy",
         "pathways",
         "interventions",
+        "applications",
         "wording",
         "findings",
         "display",

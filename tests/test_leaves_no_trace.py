@@ -10,6 +10,9 @@ from recording import same_state, state
 from streams import ragged
 
 from sd_lens.anatomy import anatomy
+from sd_lens.applications.dynamics import direction_stability
+from sd_lens.applications.quantization import quantization_study
+from sd_lens.applications.signing import signature
 from sd_lens.findings import analyse
 from sd_lens.interventions.consequences import consequences
 from sd_lens.interventions.patching import patch_sweep
@@ -129,7 +132,16 @@ ANALYSES = {
     ),
     "consequences": lambda model, found: consequences(model, PROMPTS, controls=1, where=("initial",), generate=[PROMPTS[1]]),
 }
+TEXT = torch.arange(40) * 7 % 97
+ANALYSES |= {
+    "quantization_study": lambda model, found: quantization_study(
+        model, TEXT, window=16, stride=12, each_block=False, granularities=["per_tensor", "per_token"]
+    ),
+    "signature": lambda model, found: signature(model, prompts=PROMPTS),
+    "direction_stability": lambda model, found: direction_stability([model, model], PROMPTS),
+}
 WEIGHTS_ONLY = {
+    "signature, from weights": lambda model, found: signature(weights_of(model)),
     "directions_of": lambda model, found: directions_of(weights_of(model), blocks=[1]),
     "linearize": lambda model, found: linearize(weights_of(model)[1]).block.to_dense(),
     "trigger_direction": lambda model, found: trigger_direction(weights_of(model)[1]),
@@ -229,7 +241,7 @@ def test_after_an_interrupted_analysis(name, error, model, found):
 
 
 @pytest.mark.parametrize("on", [2, 3])
-@pytest.mark.parametrize("name", ["patch_sweep", "consequences", "analyse"])
+@pytest.mark.parametrize("name", ["patch_sweep", "consequences", "analyse", "quantization_study"])
 def test_after_an_analysis_interrupted_where_its_own_hooks_are_attached(name, on, model, found):
     model.reset_hooks(including_permanent=True)
     calls = caller(model, interrupted_by=KeyboardInterrupt, on=on)

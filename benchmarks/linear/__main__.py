@@ -15,7 +15,7 @@ from benchmarks.linear.checkpoint import run_checkpoint
 from benchmarks.linear.pair import measure
 from benchmarks.linear.table import checkpoint_table, path_tables
 from benchmarks.machine import machine
-from sd_lens.display.files import write_text
+from sd_lens.models.files import write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "linear.md"
 

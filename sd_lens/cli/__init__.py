@@ -4,6 +4,6 @@
 # isort: skip_file
 
 from sd_lens.cli.app import app, main
-from sd_lens.cli import finding, spectrum, explaining, patching
+from sd_lens.cli import finding, spectrum, explaining, patching, signature, dynamics, quantizing
 
-__all__ = ["app", "explaining", "finding", "main", "patching", "spectrum"]
+__all__ = ["app", "dynamics", "explaining", "finding", "main", "patching", "quantizing", "signature", "spectrum"]

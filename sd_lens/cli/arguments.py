@@ -106,7 +106,7 @@ def _json_prompts(file: Path, content: str) -> list[str]:
 
 def require_writable_files(out: Path | None, json_file: Path | None) -> None:
     """Raises unless the files asked for can be written, which is seen before any work."""
-    from sd_lens.display.files import require_writable
+    from sd_lens.models.files import require_writable
 
     if out is not None and json_file is not None and out.resolve() == json_file.resolve():
         raise BadInput(f"--out, --json: got {out} for both; allowed: two files")

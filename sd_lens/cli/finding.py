@@ -80,7 +80,7 @@ def trace(
 
         write_json(trace_record(defects), json_file)
     if out is not None:
-        from sd_lens.display.files import write_text
+        from sd_lens.models.files import write_text
 
         write_text(traced.plot().to_html(include_plotlyjs=True), out)
 

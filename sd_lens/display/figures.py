@@ -2,11 +2,15 @@
 
 from sd_lens.display.attribution_figures import attribution_bars, attribution_groups
 from sd_lens.display.census_figures import massive_activations_figure, super_weight_bars
+from sd_lens.display.dynamics_figures import direction_stability
 from sd_lens.display.intervention_figures import consequence_panels
+from sd_lens.display.lineage_figures import lineage_map
 from sd_lens.display.map_figures import direction_angles, eigenvalues, singular_values
 from sd_lens.display.norm_figures import norm_heatmap, norm_lines
 from sd_lens.display.patch_figures import patch_heatmap
 from sd_lens.display.pathway_figures import pathway_table_figure
+from sd_lens.display.quantization_figures import quantization_bars
+from sd_lens.display.quantization_range_figures import quantization_ranges
 from sd_lens.display.response_figures import coefficient_scatter, response_curve, singular_probe
 from sd_lens.display.scan_figures import scan_pathways, scan_scatter
 from sd_lens.display.sink_figures import repetition_curves, sink_heatmap
@@ -18,12 +22,16 @@ __all__ = [
     "coefficient_scatter",
     "consequence_panels",
     "direction_angles",
+    "direction_stability",
     "eigenvalues",
+    "lineage_map",
     "massive_activations_figure",
     "norm_heatmap",
     "norm_lines",
     "patch_heatmap",
     "pathway_table_figure",
+    "quantization_bars",
+    "quantization_ranges",
     "repetition_curves",
     "response_curve",
     "scan_pathways",

@@ -84,6 +84,11 @@ def table(frame: pd.DataFrame, columns: Mapping[str, str], *, digits: int = 4, f
     return _piece("table", headings=list(zip(columns.values(), numeric, strict=True)), rows=rows)
 
 
+def code(text: str) -> Markup:
+    """Source code, as it is, to copy."""
+    return Markup('<pre class="scroll"><code>{}</code></pre>\n').format(text.rstrip("\n"))
+
+
 def joined(pieces: Iterable[Markup]) -> Markup:
     """Pieces one after the other."""
     return Markup("").join(pieces)

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import math
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from typing import Any
 
+from sd_lens.models.version import version
+
 Record = dict[str, Any]
-
-
-def version() -> str:
-    """The installed version of sd_lens."""
-    try:
-        return installed_version("sd-lens")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def header(command: str, model: str, d_model: int | None, n_blocks: int | None) -> Record:

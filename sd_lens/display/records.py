@@ -7,13 +7,15 @@ import math
 import os
 
 from sd_lens.display.explanation_records import attribute_record, pathways_record
-from sd_lens.display.files import write_text
-from sd_lens.display.header import Record, header, plain, version
+from sd_lens.display.header import Record, header, plain
 from sd_lens.display.intervention_records import patch_record
+from sd_lens.display.quantization_records import quantize_record
+from sd_lens.display.signature_records import signature_record
 from sd_lens.findings import Findings
 from sd_lens.linear.directions import BlockDirections
 from sd_lens.linear.parts import BlockDirection
 from sd_lens.models.check import Check
+from sd_lens.models.files import write_text
 from sd_lens.tracing.defects import Defects
 from sd_lens.tracing.sublayers import SublayerAttribution
 
@@ -27,7 +29,6 @@ __all__ = [
     "spectrum_record",
     "sublayer_record",
     "trace_record",
-    "version",
     "write_json",
 ]
 
@@ -48,6 +49,9 @@ def report_record(findings: Findings) -> Record:
         "attribute": attribute_record(findings.anatomy),
         "pathways": pathways_record(findings.pathways),
         "patch": patch_record(findings.causality),
+        "quantize": None if findings.uses.quantization is None else quantize_record(findings.uses.quantization),
+        "signature": signature_record(findings.uses.signature),
+        "no_quantize_because": findings.uses.missing.get("quantize"),
     }
 
 

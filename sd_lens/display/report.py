@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from sd_lens.anatomy import Anatomy
 from sd_lens.display.explanation_sections import attention, components, massive, scans, text_tokens, trigger
-from sd_lens.display.files import require_writable, write_text
-from sd_lens.display.fragments import environment
 from sd_lens.display.intervention_sections import removal, response
 from sd_lens.display.labels import number
-from sd_lens.display.records import version
-from sd_lens.display.sections import Section, linear_maps, reading, sections
+from sd_lens.display.pages import Section, page, reading, write_page
+from sd_lens.display.sections import linear_maps, sections
 from sd_lens.display.tokens import script_bundle
 from sd_lens.findings import Findings
 from sd_lens.interventions.causality import Causality
 from sd_lens.linear.directions import BlockDirections
+from sd_lens.models.files import require_writable
 from sd_lens.pathways import Pathways
 from sd_lens.tracing.defects import Defects
 from sd_lens.wording import finding
@@ -34,19 +29,14 @@ def render(findings: Findings) -> str:
         findings: From `sd_lens.findings.analyse`.
     """
     built = sections(findings)  # before the scripts are read: an error should not take long to show
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            model=findings.defects.trace.model_name,
-            found=findings.defects.found,
-            sentences=findings.sentences(),
-            facts=key_facts(findings),
-            sections=built,
-            version=version(),
-            plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-            circuitsvis=Markup(script_bundle()),
-        )
+    defects = findings.defects
+    return page(
+        defects.trace.model_name,
+        findings.sentences(),
+        defect_facts(defects),
+        built,
+        found=defects.found,
+        circuitsvis=script_bundle(),
     )
 
 
@@ -65,7 +55,7 @@ def render_spectrum(directions: BlockDirections) -> str:
         Section("maps", "Linear maps", linear_maps(directions)),
         Section("how-to-read", "How to read this", reading(maps=True)),
     ]
-    return _page(directions.model_name, directions.sentences(), facts, built)
+    return page(directions.model_name, directions.sentences(), facts, built)
 
 
 def render_anatomy(anatomy: Anatomy) -> str:
@@ -114,34 +104,11 @@ def _explanation(
 ) -> str:
     built = [Section(id, title, fragment) for id, (title, fragment) in pieces.items() if fragment is not None]
     built.append(Section("how-to-read", "How to read this", reading(found=bool(defects.tokens), explained=True, edited=edited)))
-    return _page(defects.trace.model_name, (finding(defects), *sentences), defect_facts(defects), built, found=defects.found)
-
-
-def _page(model: str, sentences: Sequence[str], facts: list[tuple[str, str]], built: list[Section], *, found: bool = True) -> str:
-    """A page without CircuitsVis' visuals."""
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            model=model,
-            found=found,
-            sentences=sentences,
-            facts=[*facts, ("sd_lens", version())],
-            sections=built,
-            version=version(),
-            plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-            circuitsvis="",
-        )
-    )
-
-
-def key_facts(findings: Findings) -> list[tuple[str, str]]:
-    """Name and value of what a reader looks for first; only what applies."""
-    return [*defect_facts(findings.defects), ("sd_lens", version())]
+    return page(defects.trace.model_name, (finding(defects), *sentences), defect_facts(defects), built, found=defects.found)
 
 
 def defect_facts(defects: Defects) -> list[tuple[str, str]]:
-    """The same of the high-norm tokens alone."""
+    """Name and value of what a reader of high-norm tokens looks for first; only what applies."""
     trace, direction = defects.trace, defects.direction
     facts = [
         ("blocks", str(trace.n_blocks)),
@@ -162,16 +129,3 @@ def defect_facts(defects: Defects) -> list[tuple[str, str]]:
         angle = "" if spread != spread else f", {spread:.1f}° apart on average"
         facts.append(("defect direction", f"mean of {direction.n_vectors} vectors{angle}"))
     return facts
-
-
-def write_page(page: str, path: str | os.PathLike[str]) -> None:
-    """Writes a page, whole or not at all.
-
-    Args:
-        page: From `render`.
-        path: The file, replaced if it exists; check it with `require_writable` before the analysis.
-
-    Raises:
-        OSError: It cannot be written there. Nothing is left behind.
-    """
-    write_text(page, path)

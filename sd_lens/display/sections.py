@@ -6,16 +6,19 @@ A further section is a further function with ``@section``; they stand on the pag
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
+from sd_lens.anatomy import NOTHING
 from sd_lens.display import explanation_sections, intervention_sections
 from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap, norm_lines, singular_values, sublayer_bars
-from sd_lens.display.fragments import environment, figure, joined, paragraph, subheading, table
+from sd_lens.display.fragments import figure, joined, paragraph, subheading, table
 from sd_lens.display.labels import visible
+from sd_lens.display.pages import Section, reading
+from sd_lens.display.quantization_sections import quantization_section
+from sd_lens.display.signature_sections import signature_section
 from sd_lens.display.tokens import colored_tokens, peak_block
 from sd_lens.findings import Findings
 from sd_lens.linear.directions import BlockDirections
@@ -25,15 +28,6 @@ from sd_lens.tracing.trace import NormTrace
 
 MAX_PROMPTS = 6
 MAX_TOKENS = 50
-
-
-@dataclass(frozen=True)
-class Section:
-    """One section of the page."""
-
-    id: str
-    title: str
-    fragment: Markup
 
 
 _Build = Callable[[Findings], Markup | None]
@@ -224,6 +218,22 @@ def response(findings: Findings) -> Markup | None:
     return intervention_sections.response(findings.causality)
 
 
+@section("quantization", "What a quantiser must spare")
+def quantization(findings: Findings) -> Markup | None:
+    """Perplexities in eight bits, with the explosion and decay blocks' down-projections spared or not."""
+    study = findings.uses.quantization
+    if study is not None:
+        return quantization_section(study)
+    reason = findings.uses.missing["quantize"]
+    return None if reason == NOTHING else paragraph(f"Quantisation was not studied: {reason}.")
+
+
+@section("signature", "Signature")
+def signature(findings: Findings) -> Markup | None:
+    """The model's signature, for comparison with others."""
+    return signature_section(findings.uses.signature) if findings.uses.signature.found else None
+
+
 @section("high-norm-tokens", "High-norm tokens")
 def high_norm_tokens(findings: Findings) -> Markup | None:
     """The first of them, by prompt and position."""
@@ -276,10 +286,10 @@ def number_text(value: float) -> str:
 def how_to_read(findings: Findings) -> Markup:
     """The words used, and where they come from."""
     edited = findings.causality.consequences is not None
-    return reading(found=bool(findings.defects.tokens), maps=findings.directions is not None, explained=True, edited=edited)
-
-
-def reading(*, found: bool = False, maps: bool = False, explained: bool = False, edited: bool = False) -> Markup:
-    """The same, for a page that shows high-norm tokens, linear maps, explanations or interventions only."""
-    page = environment().get_template("how_to_read.html.j2")
-    return Markup(page.render(found=found, maps=maps, explained=explained, edited=edited))
+    return reading(
+        found=bool(findings.defects.tokens),
+        maps=findings.directions is not None,
+        explained=True,
+        edited=edited,
+        quantized=findings.uses.quantization is not None,
+    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from sd_lens.display.files import write_text
+from sd_lens.models.files import write_text
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,15 @@ what sets the explosion off; the leading left ones are where the norm goes.
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sd_lens.interventions import coefficients as _coefficients
@@ -32,6 +28,7 @@ from sd_lens.interventions.vectors import require_orthonormal, triplets_of
 from sd_lens.linear.linearize import linearize
 from sd_lens.linear.maps import LinearMap
 from sd_lens.linear.spectra import SingularTriplets
+from sd_lens.models.labelled import holds_none, read_labelled, write_labelled
 from sd_lens.models.loading import require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
@@ -43,8 +40,6 @@ from sd_lens.tracing.trace import CacheLike
 
 if TYPE_CHECKING:
     from sd_lens.interventions.responses import ResponseCurve, SingularProbe
-
-_KEY = "sd_lens.ExplosionSubspace"
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,14 +332,12 @@ class ExplosionSubspace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it, without the model, as one safetensors file with its labels in the metadata."""
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"path: got {os.fspath(path)!r}; allowed: a file in a folder that exists")
         labels = {
             "block": self.block,
             "delimiters": self.delimiters,
             "model_name": str(getattr(self.model.cfg, "model_name", "model")),
         }
-        save_file({"right": self.right, "left": self.left, "sigma": self.sigma}, path, metadata={_KEY: json.dumps(labels)})
+        write_labelled(path, "ExplosionSubspace", {"right": self.right, "left": self.left, "sigma": self.sigma}, labels)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TransformerLensModel) -> ExplosionSubspace:
@@ -354,17 +347,12 @@ class ExplosionSubspace:
             ValueError: The file holds no subspace, or one of another width than the model's.
             FileNotFoundError: There is no such file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no file {os.fspath(path)!r}; allowed: a file written by ExplosionSubspace.save")
+        tensors, labels = read_labelled(path, "ExplosionSubspace", "subspace")
         try:
-            with safe_open(path, framework="pt") as file:
-                labels = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in ("right", "left", "sigma")}
             block, delimiters = operator.index(labels["block"]), ids_of(labels["delimiters"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"path: {os.fspath(path)} holds no subspace; allowed: a file written by ExplosionSubspace.save"
-            ) from error
+            tensors = {name: tensors[name] for name in ("right", "left", "sigma")}
+        except (KeyError, TypeError, ValueError):
+            raise holds_none(path, "ExplosionSubspace", "subspace") from None
         return cls(model, block, **tensors, delimiters=delimiters)
 
     def _edit(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sd_lens.models import hook_names
+from sd_lens.models.labelled import read_labelled, write_labelled
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import decode_each, unpadded_lengths
 from sd_lens.tracing.direction import DefectDirection, DirectionAccumulator
@@ -131,9 +128,7 @@ class NormTrace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the trace as one safetensors file, its labels in the metadata."""
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"path: got {os.fspath(path)!r}; allowed: a file in a folder that exists")
-        tensors = {name: getattr(self, name).contiguous() for name in ("norms", "tokens", "prompt", "position")}
+        tensors = {name: getattr(self, name) for name in ("norms", "tokens", "prompt", "position")}
         labels = {
             "texts": self.texts,
             "model_name": self.model_name,
@@ -143,27 +138,18 @@ class NormTrace:
         if self.direction is not None:
             tensors["direction"] = self.direction.direction
             labels["direction"] = {key: value for key, value in asdict(self.direction).items() if key != "direction"}
-        save_file(tensors, path, metadata={"sd_lens.NormTrace": json.dumps(labels)})
+        write_labelled(path, "NormTrace", tensors, labels)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NormTrace:
         """Reads a trace that `save` wrote."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no file {os.fspath(path)!r}; allowed: a file written by NormTrace.save")
-        no_trace = f"path: {os.fspath(path)} holds no trace; allowed: a file written by NormTrace.save"
-        try:
-            with safe_open(path, framework="pt") as file:
-                labels = json.loads((file.metadata() or {}).get("sd_lens.NormTrace", "null"))
-                if labels is None:
-                    raise ValueError(no_trace)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        except SafetensorError as error:
-            raise ValueError(no_trace) from error
-        measured = labels.pop("direction", None)
+        tensors, labels = read_labelled(path, "NormTrace", "trace")
+        fields: dict[str, Any] = {**tensors, **labels, "texts": tuple(labels["texts"])}
+        measured = labels.get("direction")
         if measured is not None:
             measured["profiles"] = {group: tuple(profile) for group, profile in measured["profiles"].items()}
-            tensors["direction"] = DefectDirection(direction=tensors["direction"], **measured)
-        return cls(**tensors, **(labels | {"texts": tuple(labels["texts"])}))
+            fields["direction"] = DefectDirection(direction=tensors["direction"], **measured)
+        return cls(**fields)
 
     @classmethod
     def from_cache(

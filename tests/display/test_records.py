@@ -14,9 +14,9 @@ from sd_lens.display.records import (
     spectrum_record,
     sublayer_record,
     trace_record,
-    version,
     write_json,
 )
+from sd_lens.models.version import version
 
 HEADER = {"schema", "sd_lens", "model", "d_model", "n_blocks"}
 
@@ -116,6 +116,8 @@ def test_the_report_holds_all_of_them(findings):
     assert record["trace"] == trace_record(findings.defects)
     assert record["spectrum"] == spectrum_record(findings.directions)
     assert record["patch"] == patch_record(findings.causality)
+    assert (record["quantize"], "tokenizer" in record["no_quantize_because"]) == (None, True)
+    assert record["signature"]["content_hash"] == findings.uses.signature.content_hash
     assert {record[part]["n_blocks"] for part in ("trace", "spectrum", "sublayers", "check", "patch")} == {6}
 
 

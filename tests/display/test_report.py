@@ -82,7 +82,18 @@ def test_the_page_says_what_was_found_first(page, findings):
     for sentence in findings.sentences():
         assert words(sentence) in text
         assert text.index(words(sentence)) < text.index("Norms")
-    assert parsed.sections == ["norms", "tokens", "sublayers", "maps", *EXPLAINED, "high-norm-tokens", "checks", "how-to-read"]
+    assert parsed.sections == [
+        "norms",
+        "tokens",
+        "sublayers",
+        "maps",
+        *EXPLAINED,
+        "quantization",
+        "signature",
+        "high-norm-tokens",
+        "checks",
+        "how-to-read",
+    ]
     assert [link for link in parsed.links if link.startswith("#")] == [f"#{id}" for id in parsed.sections]
     for fact in (
         "d_model 64",

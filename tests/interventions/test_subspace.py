@@ -117,7 +117,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path: no file .*; allowed: a file written by ExplosionSubspace\.save"):
         ExplosionSubspace.load(tmp_path / "nothing", model)
     for path in (tmp_path, tmp_path / "no folder" / "file"):
-        with pytest.raises(ValueError, match=r"path: got .*; allowed: a file in a folder that exists"):
+        with pytest.raises(ValueError, match=r"path: got .*; allowed: a file in an existing folder"):
             subspace.save(path)
 
 

@@ -1,16 +1,17 @@
-"""Results written whole or not at all."""
+"""Results written whole or not at all, one file or several together."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
 
 def require_writable(path: str | os.PathLike[str], *, argument: str = "out") -> None:
-    """Refuses a path that `write_text` could not write to; for use before long work starts. Nothing is created.
+    """Refuses a path that `write_together` could not write to; for use before long work starts. Nothing is created.
 
     Args:
         path: Where a file is to be written.
@@ -51,25 +52,53 @@ def _obstacle(path: Path) -> str:
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Writes a file under another name in the same folder, then renames it: a reader sees the old file or the whole new one.
+    """Writes a text file, as UTF-8, whole or not at all.
 
     Args:
-        text: The content, written as UTF-8.
+        text: The content.
         path: The file; one that exists is replaced and keeps its permissions.
 
     Raises:
         OSError: It cannot be written there. Nothing is left behind.
     """
-    target = Path(path).resolve()  # a link stays a link
-    reason = _obstacle(target)
-    if reason:
-        raise OSError(f"cannot write {os.fspath(path)!r}, {reason}")
-    content = text.encode("utf-8")
-    temporary = target.with_name(f".sd_lens-{uuid4().hex}.tmp")  # not tempfile: its files are readable by their owner only
+    write_together({Path(path): text.encode("utf-8")})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Writes files under other names in their folders, then renames them; where that fails half-way, the old files come back.
+
+    Args:
+        contents: What every file is to hold. One that exists is replaced and keeps its permissions.
+
+    Raises:
+        OSError: They cannot be written there. Nothing is left behind.
+    """
+    targets = {path.resolve(): content for path, content in contents.items()}  # a link stays a link
+    for path, target in zip(contents, targets, strict=True):
+        reason = _obstacle(target)
+        if reason:
+            raise OSError(f"cannot write {os.fspath(path)!r}, {reason}")
+    mark = uuid4().hex
+    news, olds = (
+        {target: target.with_name(f".sd_lens-{mark}-{target.name}.{kind}") for target in targets} for kind in ("new", "old")
+    )
+    replaced: list[Path] = []
     try:
-        temporary.write_bytes(content)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
+        for target, content in targets.items():
+            news[target].write_bytes(content)
+            if target.exists():
+                shutil.copymode(target, news[target])
+                shutil.copy2(target, olds[target])
+        for target in targets:
+            os.replace(news[target], target)
+            replaced.append(target)
+    except OSError:
+        for target in replaced:
+            if olds[target].exists():
+                os.replace(olds[target], target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in (*news.values(), *olds.values()):
+            temporary.unlink(missing_ok=True)
