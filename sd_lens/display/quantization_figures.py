@@ -67,8 +67,10 @@ def quantization_bars(study: QuantizationStudy) -> go.Figure:
             "showgrid": False,
         },
         barmode="overlay",
-        height=190 + total,
+        height=230 + total,
         margin_l=120,
+        margin_t=164,  # two or three rows of the legend stand between the title and the first panel
+        title={"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 18, "l": 12}},
         legend_y=1 + 8 / total,
     )
     if blocks:

@@ -106,7 +106,14 @@ def quantization_ranges(study: QuantizationStudy) -> go.Figure:
     block_axis(figure, study.n_blocks + outside)
     shade_blocks(figure, study.explosion_blocks, study.decay_blocks)
     figure.update_shapes(yref="paper")  # across all panels
-    figure.update_layout(height=190 + total, xaxis_anchor=f"y{n_panels}", legend={"y": 1 + 8 / total, "itemsizing": "constant"})
+    # Two or three rows of the legend stand between the title and the first panel.
+    figure.update_layout(
+        height=240 + total,
+        margin_t=172,
+        title={"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 18, "l": 12}},
+        xaxis_anchor=f"y{n_panels}",
+        legend={"y": 1 + 8 / total, "itemsizing": "constant"},
+    )
     if outside:
         _name_last(figure, study.n_blocks)
     return figure
