@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from sd_lens.applications.calibration import Scales
 from sd_lens.applications.int8 import Granularity, divided, multiplied
 from sd_lens.applications.perplexity import Logits
+from sd_lens.models.hugging_face import as_linear, plain_copy
 from sd_lens.models.loading import inference
-from sd_lens.models.projections import Projection, as_linear, plain_copy
+from sd_lens.models.projections import Projection
 from sd_lens.models.protocol import TransformerLensModel
 
 

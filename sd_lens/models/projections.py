@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sd_lens.models.hugging_face import hugging_face_of, is_conv1d, is_linear, pristine_names, unwrapped
 from sd_lens.models.loading import inference, require_usable
 from sd_lens.models.protocol import TransformerLensModel
 
@@ -50,7 +51,7 @@ class Projection:
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix as ``nn.Linear`` keeps it, one row per output; a view of the module's own."""
         weight: Any = self.module.weight
-        return weight.detach().T if _is_conv(self.module) else weight.detach()
+        return weight.detach().T if is_conv1d(self.module) else weight.detach()
 
     @property
     def bias(self) -> Float[Tensor, "d_out"] | None:
@@ -66,7 +67,7 @@ class Projection:
     @property
     def is_conv1d(self) -> bool:
         """Whether its module is GPT-2's ``Conv1D``, which quantisers that look for ``nn.Linear`` pass over."""
-        return _is_conv(self.module)
+        return is_conv1d(self.module)
 
     @property
     def is_down(self) -> bool:
@@ -89,7 +90,8 @@ def projections(model: TransformerLensModel) -> tuple[Projection, ...]:
         ValueError: The model is not such a bridge.
 
     Example:
-        >>> from sd_lens.models.loading import load
+        >>> from sd_lens.models.hugging_face import hugging_face_of, is_conv1d, is_linear, pristine_names, unwrapped
+    from sd_lens.models.loading import load
         >>> [p.name for p in projections(load("tiny")) if p.is_down][:2]
         ['model.layers.0.mlp.down_proj', 'model.layers.1.mlp.down_proj']
     """
@@ -99,7 +101,7 @@ def projections(model: TransformerLensModel) -> tuple[Projection, ...]:
     aliases: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in hf.named_modules(remove_duplicate=False):
         if is_linear(module):
-            aliases.setdefault(id(module), (module, []))[1].append(_clean(name))
+            aliases.setdefault(id(module), (module, []))[1].append(unwrapped(name))
     names = pristine_names(hf)
     read = _run(bridge, {key: module for key, (module, _) in aliases.items()})
     used = [aliases[key] for key in read]
@@ -115,82 +117,6 @@ def projections(model: TransformerLensModel) -> tuple[Projection, ...]:
             name, part = _fused_name(own, fused), role
         found.append(Projection(name, part, block, norm, role, module))
     return tuple(sorted(found, key=lambda one: (one.block is None, one.block or 0)))
-
-
-def hugging_face_of(model: Any) -> Any:
-    """The Hugging Face model behind a bridge.
-
-    Raises:
-        ValueError: There is none.
-    """
-    from transformers import PreTrainedModel
-
-    hf = getattr(model, "original_model", None)
-    if not isinstance(hf, PreTrainedModel):
-        raise ValueError(
-            f"model: got {type(model).__name__}, whose projections are no layers of a Hugging Face model; allowed: a TransformerBridge around "
-            "one, which sd_lens.load gives on every TransformerLens"
-        )
-    return hf
-
-
-def pristine(hf: Any) -> Any:
-    """The same architecture as transformers itself builds it, on the meta device: every layer under its own name, no numbers."""
-    with torch.device("meta"):
-        return type(hf)(hf.config)
-
-
-def plain_copy(model: TransformerLensModel) -> Any:
-    """A Hugging Face model with the weights of a bridge's, free of the bridge; needs the memory of a second model.
-
-    Args:
-        model: A `TransformerBridge` around a Hugging Face model.
-
-    Returns:
-        The model, in eval mode, of the same type, device and precision.
-    """
-    hf = hugging_face_of(model)
-    state = {_clean(name): tensor for name, tensor in hf.state_dict().items()}
-    parameter = next(hf.parameters())
-    with torch.random.fork_rng(devices=[]):  # a model is drawn at random before it gets its weights
-        copy = type(hf)(hf.config).to(device=parameter.device, dtype=parameter.dtype)
-    wanted = copy.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    if missing:
-        raise ValueError(
-            f"model: its bridge holds {missing[0]} in another form than transformers; allowed: models whose layers it keeps whole "
-            "(no fused queries, keys and values)"
-        )
-    copy.load_state_dict({name: state[name] for name in wanted})
-    # Buffers that no checkpoint holds, such as rotary frequencies, are more precise than the weights of a model in half precision.
-    kept = {_clean(name): buffer for name, buffer in hf.named_buffers(remove_duplicate=False)}
-    for name, buffer in copy.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        setattr(copy.get_submodule(owner), leaf, kept[name].clone() if name in kept else buffer)
-    return copy.eval()
-
-
-def pristine_names(hf: Any) -> tuple[str, ...]:
-    """Names of all linear layers as transformers itself builds the model."""
-    return tuple(name for name, module in pristine(hf).named_modules() if is_linear(module))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is ``nn.Linear`` or GPT-2's ``Conv1D``, which is the same with its matrix transposed."""
-    return isinstance(module, nn.Linear) or _is_conv(module)
-
-
-def as_linear(module: nn.Module) -> nn.Linear:
-    """A linear layer as ``nn.Linear``: itself, or what GPT-2's ``Conv1D`` computes."""
-    if isinstance(module, nn.Linear):
-        return module
-    stored: Any = module
-    d_in, d_out = stored.weight.shape
-    linear = nn.Linear(d_in, d_out, device=stored.weight.device, dtype=stored.weight.dtype)
-    with torch.no_grad():
-        linear.weight.copy_(stored.weight.T)
-        linear.bias.copy_(stored.bias)
-    return linear.requires_grad_(False)
 
 
 @contextmanager
@@ -216,17 +142,6 @@ def replaced(chosen: Sequence[Projection], forwards: Sequence[Any]) -> Iterator[
                 one.module.__dict__.pop("forward", None)
             else:
                 one.module.__dict__["forward"] = old
-
-
-def _is_conv(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def _clean(name: str) -> str:
-    """A module's name without the bridge's wrappers."""
-    return ".".join(step for step in name.split(".") if step != "_original_component")
 
 
 def _run(model: Any, modules: dict[int, nn.Module]) -> dict[int, list[str]]:

@@ -16,8 +16,9 @@ from sd_lens.applications import calibration
 from sd_lens.applications.calibration import channel_maxima, projection_ranges, smoothing_scales
 from sd_lens.applications.int8 import divided, multiplied
 from sd_lens.applications.perplexity import windows_of
+from sd_lens.models.hugging_face import plain_copy
 from sd_lens.models.loading import load
-from sd_lens.models.projections import plain_copy, projections, replaced
+from sd_lens.models.projections import projections, replaced
 
 LABEL = "model.layers.{}.{}"
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sd_lens.applications.settings import compressor_ignore, compressor_settings, filter_fn, torchao_settings
+from sd_lens.models.hugging_face import plain_copy
 from sd_lens.models.loading import load
-from sd_lens.models.projections import plain_copy
 
 SPARED = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
 

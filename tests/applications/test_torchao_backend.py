@@ -18,8 +18,9 @@ from sd_lens.applications.perplexity import windows_of
 from sd_lens.applications.quantization import quantization_study
 from sd_lens.applications.texts import default_text
 from sd_lens.applications.torchao_backend import torchao_quantized
+from sd_lens.models.hugging_face import plain_copy
 from sd_lens.models.loading import load
-from sd_lens.models.projections import plain_copy, projections
+from sd_lens.models.projections import projections
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs sd-lens[quantization]")
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from sd_lens.models.hugging_face import as_linear, plain_copy
 from sd_lens.models.loading import load
-from sd_lens.models.projections import as_linear, plain_copy, projections, replaced
+from sd_lens.models.projections import projections, replaced
 
 # Biases; fused layers of three layouts; a norm shared by parallel sublayers, and one for each; norms behind sublayers only; experts.
 NAMES = ["llama_bias", "phi3", "olmo2", "qwen2_moe", "gpt2", "gpt_neox_parallel", "gptj", "falcon_new", "opt"]
