@@ -160,7 +160,7 @@ early = sd_lens.find_defects(trace_of(FAMILY / first.label if CHECKPOINTS is Non
 early.to_dataframe().round(2)
 
 # %% [markdown]
-# **For `tiny`**: full stops, and not because they are large: all other tokens are still small. A ratio says that tokens stand out, and a threshold makes a step of what grows slowly; so look at the norms, too, and at whether an explosion *stays*. The emergence is where the last unbroken run of explosions begins.
+# **For `tiny`**: full stops, and not because they are large: all other tokens are still small. A ratio says that tokens stand out, and a threshold makes a step of what grows slowly; so look at the norms, too, and at whether an explosion *stays*. The emergence is where the last unbroken run of explosions of these tokens begins.
 #
 # **What was found**, for `tiny`: the direction is a matter of the seed, not of the data; training settles it gradually, before and after the norm passes any threshold; and the fine-tune moves it less (7°) than the last 500 steps of training did (11°).
 

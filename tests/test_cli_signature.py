@@ -42,7 +42,7 @@ def test_the_shipped_models_signature_is_saved_and_compared(run, stored, tmp_pat
     code, out, err = run(
         "tiny",
         "tiny.json",
-        "stranger-one.json",
+        "stranger-one",
         "--save",
         "out",
         "--json",

@@ -20,6 +20,7 @@ CheckpointLike = str | os.PathLike[str] | TransformerLensModel
 """``"tiny"``, a folder, a hub name, a hub name with a revision (``"owner/name@step1000"``), or a ready model."""
 
 _STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)s?[-_=]?(\d+)(?![A-Za-z0-9.])", re.IGNORECASE)
+_WEIGHTS = ("*.safetensors", "*.bin")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -82,7 +83,7 @@ def series(checkpoints: CheckpointLike | Sequence[CheckpointLike], steps: Sequen
 
     Args:
         checkpoints: The checkpoints. A folder without a config.json stands for those of its subfolders that have one and a step in
-            their name, sorted by step.
+            their name, sorted by step; one with weights and a step in its name but no config.json is refused.
         steps: Their training steps; default: what their names say.
 
     Returns:
@@ -164,7 +165,12 @@ def _in_folder(folder: Path) -> list[Checkpoint]:
     if (folder / "config.json").is_file():
         name = folder.resolve().name
         return [Checkpoint(name, step_in(name), str(folder))]
-    inside = [path for path in folder.iterdir() if (path / "config.json").is_file() and step_in(path.name) is not None]
+    named = sorted(path for path in folder.iterdir() if path.is_dir() and step_in(path.name) is not None)
+    inside = [path for path in named if (path / "config.json").is_file()]
+    for path in named:
+        # Left out in silence it would be missing from the series, and the emergence could move to a later step.
+        if path not in inside and any(next(path.glob(weights), None) is not None for weights in _WEIGHTS):
+            raise ValueError(f"checkpoints: folder {path} holds weights but no config.json; allowed: step folders that hold both")
     if not inside:
         raise ValueError(
             f"checkpoints: folder {folder} has no config.json, nor has any folder in it that is named after a step; "

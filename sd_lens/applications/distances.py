@@ -32,6 +32,7 @@ class SignaturePair:
         chance_mean_deg: Expected angle of two random directions of their width.
         chance_std_deg: Its standard deviation.
         probability: How probable it is that random directions are no further apart.
+        note: What the angle leaves open; else empty.
     """
 
     a: str
@@ -42,12 +43,14 @@ class SignaturePair:
     chance_mean_deg: float
     chance_std_deg: float
     probability: float
+    note: str = ""
 
     def __str__(self) -> str:
         if self.verdict == "cannot be compared":
             return f"{self.a}, {self.b}: cannot be compared: {self.because}"
         chance = f"{self.chance_mean_deg:.1f}° ± {self.chance_std_deg:.1f}°"
-        return f"{self.a}, {self.b}: {self.angle_deg:.1f}°, {self.verdict} (random directions: {chance})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.a}, {self.b}: {self.angle_deg:.1f}°, {self.verdict} (random directions: {chance}){note}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class SignatureDistances:
     def sentences(self) -> tuple[str, ...]:
         """What the comparison shows."""
         said = [] if len(self.names) == 1 else [*self._relations()]
-        said += [one.sentence() for one in self.signatures if len(self.names) == 1 or not one.found]
+        named = zip(self.names, self.signatures, strict=True)
+        said += [one.sentence(name) for name, one in named if len(self.names) == 1 or not one.found]
         widths = sorted({one.d_model for one in self.signatures if one.found and one.d_model > 1})
         if len(widths) > 1:
             said.append("Models of different widths cannot be compared.")
@@ -130,7 +134,14 @@ class SignatureDistances:
         undecided = sum(pair.verdict == "undecided" for pair in known)
         facts += [f"{undecided} pair{'s' * (undecided != 1)} undecided"] if undecided else []
         joined = ", ".join(facts)
-        return [text, f"{joined[0].upper()}{joined[1:]}."] if facts else [text]
+        said = [text, f"{joined[0].upper()}{joined[1:]}."] if facts else [text]
+        noted = sum(bool(pair.note) for pair in known)
+        if noted:
+            said.append(
+                f"In {noted} pair{'s' * (noted != 1)} one signature is of initial tokens and the other of later ones: their directions may "
+                "differ in one lineage, so a large angle does not make them unrelated."
+            )
+        return said
 
     @property
     def notes(self) -> tuple[str, ...]:

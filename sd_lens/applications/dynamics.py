@@ -128,8 +128,9 @@ class _Reference:
 
 
 def _reference(last: Checkpoint, options: _Options) -> _Reference:
-    model = last.model(dtype=options.dtype, boot=options.boot)
-    sequences = options.sequences(model)
+    with _naming(last):
+        model = last.model(dtype=options.dtype, boot=options.boot)
+    sequences = options.sequences(model)  # the caller's prompts, not the checkpoint, are to blame here
     with _naming(last):
         defects = _defects(model, sequences, options)
         high = defects.trace.high_norm(options.min_ratio)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sd_lens.applications.chance import chance_angle, chance_probability
 from sd_lens.applications.distances import SignatureDistances, SignaturePair
 from sd_lens.applications.signature import Method, Signature
-from sd_lens.applications.signature_files import is_signature_file
+from sd_lens.applications.signature_files import halves, is_signature_file
 from sd_lens.applications.signing import require_method, signature
 from sd_lens.linear.angles import acute_angle
 from sd_lens.models.protocol import TransformerLensModel
@@ -23,6 +23,9 @@ from sd_lens.models.weights import ModelWeights
 from sd_lens.tracing.trace import MIN_RATIO, require_ratio
 
 Item = Signature | TransformerLensModel | ModelWeights | str | os.PathLike[str]
+
+
+_ALLOWED = "allowed: 'tiny', a folder with a Hugging Face checkpoint, a hub name, a saved signature or a model"
 
 
 def signature_distances(
@@ -42,8 +45,10 @@ def signature_distances(
     Models are looked at one after the other: one that was loaded here is let go before the next one is.
 
     Args:
-        items: Signatures, files written by `Signature.save` (by their ``.json``), models, checkpoint folders, hub names or ``"tiny"``.
-        names: What they are called in the result; default: the models' names, with method or number where they are not different.
+        items: Signatures, files written by `Signature.save` (with or without their ending), models, checkpoint folders, hub names (with a
+            revision as in ``"owner/name@step1000"``) or ``"tiny"``.
+        names: What they are called in the result; default: the models' names. Where these are not different, folders and files are called
+            by as much of the end of their paths as tells them apart; else method or number are added.
         method: How signatures are taken where they are not given, see `signature`.
         prompts: What to measure on, for the method ``"activations"``.
         min_ratio: Least norm of a high-norm token, as a multiple of the other tokens' median.
@@ -97,7 +102,7 @@ def signature_distances(
         )
         if named:
             gc.collect()  # a bridge holds itself in circles
-    return compare(signatures, names=names)
+    return compare(signatures, names=_distinct(signatures, [_place(item) for item in items]) if names is None else names)
 
 
 def compare(signatures: Sequence[Signature], *, names: Sequence[str] | None = None) -> SignatureDistances:
@@ -105,7 +110,7 @@ def compare(signatures: Sequence[Signature], *, names: Sequence[str] | None = No
 
     Args:
         signatures: At least one.
-        names: What they are called; default: see `signature_distances`.
+        names: What they are called; default: the models' names, with method or number where they are not different.
     """
     labels = tuple(names) if names is not None else _distinct(signatures)
     n = len(signatures)
@@ -131,9 +136,9 @@ def _ready(item: Any) -> Any:
         return Signature.load(name)
     folder = Path(os.path.expanduser(name))
     if not folder.exists() and (name.startswith((".", "~", "/")) or name.count("/") > 1):
-        raise FileNotFoundError(f"model: no folder {name!r}; allowed: 'tiny', a folder with a checkpoint, a hub name or a model")
+        raise FileNotFoundError(f"model: no folder {name!r}; {_ALLOWED}")
     if name != "tiny" and folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model: folder {folder} has no config.json; allowed: a folder with a Hugging Face checkpoint")
+        raise ValueError(f"model: folder {folder} has no config.json; {_ALLOWED}")
     return name
 
 
@@ -144,15 +149,20 @@ def _pair(a: Signature, b: Signature, name_a: str, name_b: str) -> SignaturePair
         return SignaturePair(name_a, name_b, nan, "cannot be compared", reason, nan, nan, nan)
     angle = float(acute_angle(cast(Tensor, a.direction), cast(Tensor, b.direction)))
     chance = chance_angle(a.d_model)
+    verdict, note = chance.verdict(angle), ""
+    if verdict != "same lineage" and a.of_other_tokens_than(b):
+        verdict = "undecided"
+        note = f"of different tokens: {a.kind}; {b.kind}; their directions may differ in one lineage"
     return SignaturePair(
         a=name_a,
         b=name_b,
         angle_deg=angle,
-        verdict=chance.verdict(angle),
+        verdict=verdict,
         because="",
         chance_mean_deg=chance.mean_deg,
         chance_std_deg=chance.std_deg,
         probability=chance_probability(angle, a.d_model),
+        note=note,
     )
 
 
@@ -166,10 +176,23 @@ def _obstacle(a: Signature, b: Signature, name_a: str, name_b: str) -> str:
     return "their width is 1" if a.d_model < 2 else ""
 
 
-def _distinct(signatures: Sequence[Signature]) -> tuple[str, ...]:
-    """Names that tell them apart: the model's, with the method where one model has several, with numbers where that does not do."""
+def _place(item: Any) -> Path | None:
+    """Where an item lies, if it is a folder or a file; of a saved signature without its ending."""
+    if not isinstance(item, str | os.PathLike) or os.fspath(item) == "tiny":
+        return None
+    name = os.fspath(item)
+    if is_signature_file(name):
+        return halves(name)[0].resolve().with_suffix("")
+    folder = Path(os.path.expanduser(name))
+    return folder.resolve() if folder.is_dir() else None
+
+
+def _distinct(signatures: Sequence[Signature], places: Sequence[Path | None] | None = None) -> tuple[str, ...]:
+    """Names that tell them apart: the model's or the end of its path, with method or number where that does not do."""
     names = [one.model_name for one in signatures]
-    methods = {name: {one.method for one in signatures if one.model_name == name} for name in names}
+    if places is not None:
+        names = _told_by_path(names, places)
+    methods = {name: {one.method for one, other in zip(signatures, names, strict=True) if other == name} for name in names}
     names = [f"{name} ({one.method})" if len(methods[name]) > 1 else name for name, one in zip(names, signatures, strict=True)]
     labels: list[str] = []
     for name in names:
@@ -178,3 +201,17 @@ def _distinct(signatures: Sequence[Signature]) -> tuple[str, ...]:
             label, number = f"{name} ({number})", number + 1
         labels.append(label)
     return tuple(labels)
+
+
+def _told_by_path(names: Sequence[str], places: Sequence[Path | None]) -> list[str]:
+    """Names; but where several paths go by one name, the shortest end of each path that no other of them has."""
+    told = list(names)
+    for number, (name, place) in enumerate(zip(names, places, strict=True)):
+        others = {other for own, other in zip(names, places, strict=True) if own == name and other is not None} - {place}
+        if place is None or not others:
+            continue
+        length = 1
+        while any(other.parts[-length:] == place.parts[-length:] for other in others):
+            length += 1
+        told[number] = Path(*place.parts[-length:]).as_posix()
+    return told

@@ -76,6 +76,7 @@ def windows_of(
     window: int | None = None,
     stride: int | None = None,
     prepend_bos: bool | None = None,
+    argument: str = "text",
 ) -> Windows:
     """Cuts a text into windows.
 
@@ -85,6 +86,7 @@ def windows_of(
         window: Tokens per window, BOS included; default: 128, or the model's context where that is shorter.
         stride: How many tokens each window after the first adds; default: as many as fit, so that windows do not overlap.
         prepend_bos: Whether BOS stands in front of every window; default: where the model has one and its convention is to prepend it.
+        argument: The caller's name for the text, for messages.
 
     Returns:
         The windows.
@@ -101,16 +103,16 @@ def windows_of(
     bos = _bos(model, prepend_bos)
     context = int(getattr(model.cfg, "n_ctx", None) or 2**31)
     window = min(context, WINDOW) if window is None else window
-    if not 2 <= window <= context:
+    if not isinstance(window, int) or not 2 <= window <= context:
         raise ValueError(f"window: got {window}; allowed: 2 to {context}, the model's context")
     adds = window - 1
     stride = adds if stride is None else stride
-    if not 1 <= stride <= adds:
+    if not isinstance(stride, int) or not 1 <= stride <= adds:
         raise ValueError(f"stride: got {stride}; allowed: 1 to {adds}, what a window of {window} tokens can add")
-    ids = require_text(model, text)
+    ids = require_text(model, text, argument)
     holds = window - (bos is not None)
     if len(ids) < holds:
-        raise ValueError(f"text: got {len(ids)} tokens; allowed: at least {holds}, one window (or a smaller window)")
+        raise ValueError(f"{argument}: got {len(ids)} tokens; allowed: at least {holds}, one window (or a smaller window)")
     whole = ids.unfold(0, holds, stride)
     left = len(ids) - (holds + (len(whole) - 1) * stride)
     # The last window holds as much before what it adds as the others do.
@@ -171,23 +173,25 @@ def _bos(model: Any, wanted: bool | None) -> int | None:
     return int(known) if wanted and known is not None else None
 
 
-def require_text(model: TransformerLensModel, text: str | Int[Tensor, "pos"]) -> Int[Tensor, "pos"]:
+def require_text(model: TransformerLensModel, text: str | Int[Tensor, "pos"], argument: str = "text") -> Int[Tensor, "pos"]:
     """Token ids of a text without BOS; `ValueError` where it is empty, or the model cannot read it."""
     if isinstance(text, str):
         if not text.strip():
-            raise ValueError("text: got an empty text; allowed: at least one window of tokens")
+            raise ValueError(f"{argument}: got an empty text; allowed: at least one window of tokens")
         tokenizer: Any = getattr(model, "tokenizer", None)
         if tokenizer is None:
-            raise ValueError("text: got text for a model without tokenizer; allowed: a one-dimensional tensor of token ids")
+            raise ValueError(f"{argument}: got text for a model without tokenizer; allowed: a one-dimensional tensor of token ids")
         # The model's to_tokens would cut a text at its context, and may leave a BOS that only the tokenizer's template knows of.
         return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    if not isinstance(text, Tensor):
+        raise ValueError(f"{argument}: got {type(text).__name__}; allowed: a string, or a one-dimensional tensor of token ids")
     if text.ndim != 1 or text.is_floating_point():
         raise ValueError(
-            f"text: got a tensor of shape {tuple(text.shape)} and dtype {text.dtype}; allowed: one-dimensional integer token ids"
+            f"{argument}: got a tensor of shape {tuple(text.shape)} and dtype {text.dtype}; allowed: one-dimensional integer token ids"
         )
     ids = text.detach().cpu().long()
     if len(ids):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= model.cfg.d_vocab:
-            raise ValueError(f"text: got token ids {low} to {high}; allowed: 0 to {model.cfg.d_vocab - 1}")
+            raise ValueError(f"{argument}: got token ids {low} to {high}; allowed: 0 to {model.cfg.d_vocab - 1}")
     return ids

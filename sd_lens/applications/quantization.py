@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sd_lens.applications.calibration import Scales, channel_maxima, projection_ranges, require_alpha, smoothing_scales
 from sd_lens.applications.int8 import GRANULARITIES, Granularity
-from sd_lens.applications.perplexity import Windows, mean_loss, windows_of
+from sd_lens.applications.perplexity import mean_loss, require_text, windows_of
 from sd_lens.applications.quantization_result import (
     DETECTED,
     FULL,
@@ -36,16 +36,17 @@ from sd_lens.applications.texts import default_text
 from sd_lens.applications.torchao_backend import require_torchao, torchao_quantized
 from sd_lens.models.projections import Projection, projections
 from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.tracing.arguments import require_whole
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.trace import MIN_RATIO
 
 Backend = Literal["fake", "torchao"]
 BACKENDS: tuple[Backend, ...] = ("fake", "torchao")
-CALIBRATED = 64
-"""Windows that SmoothQuant's scales, ranges and errors are measured on."""
-TRACED = 16
-"""Windows that explosion and decay blocks are looked for in."""
+CALIBRATED = 8192
+"""SmoothQuant's scales, ranges and errors are measured on so many of the calibration text's first tokens."""
+TRACED = 2048
+"""Explosion and decay blocks are looked for in so many of them."""
 
 
 def quantization_study(
@@ -67,6 +68,7 @@ def quantization_study(
     window: int | None = None,
     stride: int | None = None,
     prepend_bos: bool | None = None,
+    calibration: str | Int[Tensor, "sample"] | None = None,
     backend: Backend = "fake",
     batch_tokens: int = 2048,
     progress: bool | None = None,
@@ -93,6 +95,8 @@ def quantization_study(
         window: Tokens per window, BOS included; default: 128. Published perplexities use 2048 and more.
         stride: How many tokens each window after the first adds; default: windows do not overlap.
         prepend_bos: Whether BOS stands in front of every window; default: the model's convention.
+        calibration: The text that SmoothQuant's scales, ranges and errors are measured on, in windows that do not overlap, up to 8192 tokens;
+            default: ``text`` itself.
         backend: ``"fake"`` (rounded floating-point numbers) or ``"torchao"`` (its int8 kernels, on a copy of the model; needs
             ``sd-lens[quantization]``).
         batch_tokens: Largest number of tokens run at once.
@@ -115,13 +119,20 @@ def quantization_study(
     chosen = [one for one in everything if one.block is not None or (unembedding and one.role == "unembed")]
     down = {one.block: one.name for one in chosen if one.is_down and one.block is not None}
     given = _given(spare, chosen)
-    windows = windows_of(model, default_text() if text is None else text, window=window, stride=stride, prepend_bos=prepend_bos)
+    ids = require_text(model, default_text() if text is None else text)
+    windows = windows_of(model, ids, window=window, stride=stride, prepend_bos=prepend_bos)
+    other = ids if calibration is None else require_text(model, calibration, "calibration")
+    other = other[: max(CALIBRATED, windows.length)]
+    some = windows_of(
+        model, other, window=window, prepend_bos=prepend_bos, argument="text" if calibration is None else "calibration"
+    )
     notes = []
     if defects is None:
-        prompts = list(windows.ids[:TRACED].unbind())
+        prompts = list(some.ids[: max(1, TRACED // some.length)].unbind())
         defects = find_defects(
             trace_norms(model, prompts, min_ratio=min_ratio, batch_tokens=batch_tokens, progress=progress), min_ratio=min_ratio
         )
+    excluded = tuple(one.name for one in everything if one not in chosen)
     sets: dict[str, tuple[str, ...]] = {"none": ()}
     special = sorted({*defects.explosion_blocks, *defects.decay_blocks} & down.keys())
     if special:
@@ -131,7 +142,6 @@ def quantization_study(
     if each_block:
         sets |= {f"block {block}": (name,) for block, name in down.items()}
     sets |= given
-    some = _first(windows, CALIBRATED)
     smooth: Scales | None = None
     if "smoothquant" in methods:
         smooth = smoothing_scales(chosen, channel_maxima(model, chosen, some, batch_tokens=batch_tokens), alpha)
@@ -173,7 +183,6 @@ def quantization_study(
                 max_spared=max_spared,
                 known=known,
             )
-            excluded = tuple(one.name for one in everything if one not in chosen)
             recommendation = Recommendation(
                 recommend,
                 first,
@@ -205,6 +214,8 @@ def quantization_study(
         stride=windows.stride,
         bos=windows.bos is not None,
         n_tokens=windows.n_scored,
+        n_calibrated=some.n_text,
+        excluded=excluded,
         alpha=alpha,
         notes=tuple(notes),
     )
@@ -225,10 +236,10 @@ def _require_options(
     require_alpha(alpha)
     if recommend is not None and recommend not in methods:
         raise ValueError(f"recommend: got {recommend!r}; allowed: None, or one of the methods ({', '.join(methods)})")
-    if not (math.isfinite(budget) and budget >= 0):
-        raise ValueError(f"budget: got {budget}; allowed: 0 and more, such as 0.02 for 2 %")
-    if max_spared is not None and max_spared < 0:
-        raise ValueError(f"max_spared: got {max_spared}; allowed: 0 and more")
+    if not isinstance(budget, (int, float)) or not (math.isfinite(budget) and budget >= 0):
+        raise ValueError(f"budget: got {budget!r}; allowed: 0 and more, such as 0.02 for 2 %")
+    if max_spared is not None:
+        require_whole("max_spared", max_spared, 0)
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "torchao":
@@ -246,7 +257,7 @@ def _given(spare: Sequence[str] | Mapping[str, Sequence[str]] | None, chosen: Se
     for label, names in lists.items():
         if label in ("none", DETECTED, RECOMMENDED) or label.startswith("block "):
             raise ValueError(f"spare: got a list called {label!r}, which the study uses itself; allowed: another name")
-        if isinstance(names, str):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"spare: got {names!r}; allowed: a list of names, or lists by name")
         for name in names:
             if name not in known:
@@ -255,14 +266,6 @@ def _given(spare: Sequence[str] | Mapping[str, Sequence[str]] | None, chosen: Se
                     f"spare: got {name!r}; allowed: names of linear projections in the Hugging Face model, such as {close[0]!r}"
                 )
     return {label: tuple(dict.fromkeys(names)) for label, names in lists.items()}
-
-
-def _first(windows: Windows, count: int) -> Windows:
-    """The first windows of a text."""
-    ids = windows.ids[:count]
-    return replace(
-        windows, ids=ids, last=windows.last[:0], n_text=ids.shape[1] - (windows.bos is not None) + (len(ids) - 1) * windows.stride
-    )
 
 
 def _ordered(search: Search, names: Sequence[str]) -> Search:

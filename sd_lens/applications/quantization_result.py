@@ -51,6 +51,19 @@ class QuantizedRow:
         return math.exp(min(self.loss, 700.0))
 
 
+def above(loss: float, full: float) -> str:
+    """By how much a perplexity exceeds that of full precision: ``+4.0 %``, from tenfold on ``× 250``.
+
+    Args:
+        loss: Mean loss.
+        full: Mean loss in full precision.
+    """
+    if loss - full >= math.log(10):
+        return f"× {math.exp(min(loss - full, 700.0)):.3g}"
+    text = f"{100 * math.expm1(loss - full):+.1f} %".replace("-", "−")
+    return "±0.0 %" if text[1:] == "0.0 %" else text
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """The smallest set of projections to spare within a budget, and how to tell other libraries.
@@ -100,7 +113,7 @@ class Recommendation:
 
     def torchao(self) -> str:
         """Python to paste that quantises with torchao."""
-        return torchao_settings(self.spared, self.excluded, self.granularity)
+        return torchao_settings(self.spared, self.excluded, self.granularity, self.alpha)
 
     def llm_compressor(self) -> str:
         """Python to paste that defines llm-compressor's recipe."""
@@ -108,17 +121,19 @@ class Recommendation:
 
     def sentence(self) -> str:
         """What to spare, in one sentence."""
-        excess = math.expm1(self.search.loss - self.full)
         how = f"{_SHOWN[self.method]} {self.granularity.replace('_', '-')}"
-        within = f"within {self.budget:.0%} of full precision's perplexity"
-        if not self.spared:
-            state = "is" if self.within_budget else "is not"
-            more = "" if self.within_budget else ", and sparing no down-projection helps"
-            return f"{how} with nothing spared {state} {within} ({excess:+.1%}){more}."
-        names = ", ".join(self.spared)
+        within = f"within {100 * self.budget:g} % of full precision's perplexity"
+        excess = above(self.search.loss, self.full)
+        names = ", ".join(self.spared) or "nothing"
+        are = "are" if len(self.spared) > 1 else "is"
         if self.within_budget:
-            return f"{how} is {within} ({excess:+.1%}) once {names} {'is' if len(self.spared) == 1 else 'are'} spared."
-        return f"{how} is not {within} whatever down-projections are spared; the best found is {names} ({excess:+.1%})."
+            return f"{how} is {within} ({excess}) {'once' if self.spared else 'when'} {names} {are} spared."
+        why = {
+            "limit": f"no more than {len(self.spared)} projection{'s' * (len(self.spared) != 1)} were to be spared",
+            "gain": "no further down-projection brings back much",
+            "candidates": "all down-projections are spared then",
+        }[self.search.because]
+        return f"{how} is not {within}: {excess} where {names} {are} spared, and {why}."
 
     def __repr__(self) -> str:
         return f"Recommendation({self.sentence()})"
@@ -142,6 +157,8 @@ class QuantizationStudy:
         stride: Tokens that each window after the first adds.
         bos: Whether BOS stands in front of every window.
         n_tokens: Tokens scored.
+        n_calibrated: Tokens that SmoothQuant's scales, ranges and errors were measured on.
+        excluded: Linear layers that were left out: the unembedding, unless it was asked for.
         alpha: SmoothQuant's migration strength.
         notes: What the numbers rest on besides.
     """
@@ -159,6 +176,8 @@ class QuantizationStudy:
     stride: int
     bos: bool
     n_tokens: int
+    n_calibrated: int
+    excluded: tuple[str, ...]
     alpha: float
     notes: tuple[str, ...] = ()
 

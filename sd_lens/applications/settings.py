@@ -33,13 +33,14 @@ def filter_fn(spared: Sequence[str], excluded: Sequence[str] = ()) -> Callable[[
     return chosen
 
 
-def torchao_settings(spared: Sequence[str], excluded: Sequence[str], granularity: Granularity) -> str:
+def torchao_settings(spared: Sequence[str], excluded: Sequence[str], granularity: Granularity, alpha: float | None = None) -> str:
     """Python that quantises a Hugging Face model with torchao and spares these.
 
     Args:
         spared: Names of projections to spare.
         excluded: Names of others that stay as they are.
         granularity: What a range belongs to.
+        alpha: SmoothQuant's migration strength, which torchao's plain int8 does not know: a comment says so. None for plain rounding.
 
     Returns:
         Source to paste: it defines ``filter_fn`` and quantises ``model``.
@@ -49,7 +50,13 @@ def torchao_settings(spared: Sequence[str], excluded: Sequence[str], granularity
         import torch
     """
     kind = "PerTensor" if granularity == "per_tensor" else "PerRow"
-    return (
+    smooth = ""
+    if alpha is not None:
+        smooth = (
+            f"# SmoothQuant (alpha {alpha:g}) is no part of this, which rounds to nearest: fold its scales into the model first, or use\n"
+            "# torchao.prototype.smoothquant.\n"
+        )
+    return smooth + (
         "import torch\n"
         f"from torchao.quantization import Int8DynamicActivationInt8WeightConfig, {kind}, quantize_\n\n"
         f"spared = {_listed((*spared, *excluded))}\n\n\n"
@@ -97,6 +104,7 @@ def compressor_settings(spared: Sequence[str], excluded: Sequence[str], granular
     lines += ["", f"ignore = {_listed(compressor_ignore(spared, excluded))}"]
     if granularity == "per_tensor":
         lines += [
+            "# Ranges of inputs are calibrated once, as int8 kernels want them; the study took them anew in every window.",
             'int8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}',
             'group = {"targets": ["Linear"], "weights": int8, "input_activations": int8}',
         ]

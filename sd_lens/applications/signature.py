@@ -20,6 +20,7 @@ from sd_lens.applications.signature_files import content_hash, read_signature, w
 
 Method = Literal["activations", "weights"]
 METHODS = ("activations", "weights")
+Positions = Literal["", "initial", "later", "both"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Signature:
         prompts: What was measured on: ``"built-in"``, ``"given"``, or empty where nothing was.
         n_prompts: How many prompts.
         n_tokens: How many high-norm tokens the direction is of.
+        tokens: Their texts, each once, most frequent first, at most eight; empty of weights.
+        positions: Where they stand: ``"initial"`` in their prompts, ``"later"``, or ``"both"``; empty of weights.
         spread_deg: Mean angle between their residual vectors, degrees; None where it was not measured.
         gap: Of weights, largest over second largest singular value of the FFN's map at ``block``; None of activations.
         notes: What it rests on.
@@ -54,6 +57,8 @@ class Signature:
     prompts: str = ""
     n_prompts: int = 0
     n_tokens: int = 0
+    tokens: tuple[str, ...] = ()
+    positions: Positions = ""
     spread_deg: float | None = None
     gap: float | None = None
     notes: tuple[str, ...] = ()
@@ -75,7 +80,7 @@ class Signature:
         return content_hash(self._labels(), self.direction)
 
     def _labels(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _LABELS} | {"notes": list(self.notes)}
+        return {name: getattr(self, name) for name in _LABELS} | {name: list(getattr(self, name)) for name in _LISTS}
 
     def largest(self, k: int = 5) -> list[tuple[int, float]]:
         """The coordinates of largest magnitude and what stands there; empty where there is no direction."""
@@ -114,19 +119,43 @@ class Signature:
             )
         if direction is not None and len(direction) != labels["d_model"]:
             raise ValueError(f"path: {os.fspath(path)} has {len(direction)} coordinates; allowed: its d_model, {labels['d_model']}")
-        labels["notes"] = tuple(labels["notes"])
+        for name in _LISTS:
+            labels[name] = tuple(labels[name])
         return cls(direction=direction, **labels)
 
-    def sentence(self) -> str:
-        """What it is, in one sentence."""
+    @property
+    def kind(self) -> str:
+        """Which tokens it is of, in words; empty where that is not known, as of weights."""
+        listed = ", ".join(map(repr, self.tokens))
+        return f"{_WHERE[self.positions]} {listed}" if self.positions else ""
+
+    def of_other_tokens_than(self, other: Signature) -> bool:
+        """Whether one is of initial tokens and the other of later ones, with no token in common.
+
+        Initial tokens explode for where they stand, later ones for what they are, so that one model may have a direction for each. Ids and
+        texts alone would not tell: models with different tokenizers have none in common.
+
+        Args:
+            other: Another signature.
+        """
+        return {self.positions, other.positions} == {"initial", "later"} and not {*self.tokens} & {*other.tokens}
+
+    def sentence(self, name: str | None = None) -> str:
+        """What it is, in one sentence.
+
+        Args:
+            name: What to call the model; default: its name.
+        """
+        name = self.model_name if name is None else name
         if not self.found:
-            return f"{self.model_name} has no signature by {self.method}: {self.because}."
+            return f"{name} has no signature by {self.method}: {self.because}."
         if self.method == "weights":
             stands = "" if self.gap is None else f", which stretches it {self.gap:.3g} times as much as any other direction"
-            return f"The signature of {self.model_name} is the leading left singular vector of block {self.block}'s FFN{stands}."
+            return f"The signature of {name} is the leading left singular vector of block {self.block}'s FFN{stands}."
         where = "no single block" if self.block is None else f"block {self.block}"
         count = f"{self.n_tokens} high-norm token{'s' * (self.n_tokens != 1)}"
-        return f"The signature of {self.model_name} is the mean direction of {count}; {where} makes most of their norm."
+        count += f" ({self.kind})" if self.kind else ""
+        return f"The signature of {name} is the mean direction of {count}; {where} makes most of their norm."
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per coordinate of the direction: ``coordinate``, ``value``, largest magnitude first."""
@@ -138,6 +167,8 @@ class Signature:
 
 
 _LABELS = tuple(field.name for field in fields(Signature) if field.name != "direction")
+_LISTS = ("tokens", "notes")
+_WHERE = {"initial": "initial", "later": "later", "both": "initial and later"}
 
 
 def with_sign(direction: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:

@@ -47,8 +47,15 @@ def halves(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def is_signature_file(path: str) -> bool:
-    """Whether a name is one of a saved signature, and not one of a model."""
-    return path.endswith(_HALVES)
+    """Whether a name is one of a saved signature, and not one of a model.
+
+    Args:
+        path: Either file's name, or what both are called without their ending, where both exist and no folder is called so; ``"tiny"`` is
+            always the model.
+    """
+    if path.endswith(_HALVES):
+        return True
+    return path not in ("", "tiny") and not os.path.isdir(os.path.expanduser(path)) and all(half.is_file() for half in halves(path))
 
 
 def write_signature(path: str | os.PathLike[str], labels: Mapping[str, Any], direction: Float[Tensor, "d_model"] | None) -> None:

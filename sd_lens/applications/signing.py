@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sd_lens.applications.signature import METHODS, Method, Signature, with_sign
+from sd_lens.applications.signature import METHODS, Method, Positions, Signature, with_sign
 from sd_lens.applications.weight_scan import CLEAR_GAP, MIN_GAP, beside, explosion_among, ffn_stretches, why_none
 from sd_lens.models.loading import load, require_usable, weights_of
 from sd_lens.models.protocol import TransformerLensModel
@@ -23,6 +24,8 @@ from sd_lens.tracing.trace import MIN_RATIO, require_ratio
 
 _SCATTERED = 30.0
 """Vectors further apart than this on average are no one direction."""
+_MOST_TOKENS = 8
+"""So many different tokens are named in a signature."""
 
 
 def signature(
@@ -136,9 +139,16 @@ def signature_of(defects: Defects, *, prompts: str = "given") -> Signature:
         bare,
         direction=with_sign(measured.direction),
         n_tokens=measured.n_tokens,
+        tokens=tuple(text for text, _ in Counter(token.token for token in defects.tokens).most_common(_MOST_TOKENS)),
+        positions=_positions(defects),
         spread_deg=None if spread != spread else spread,
         notes=tuple(notes),
     )
+
+
+def _positions(defects: Defects) -> Positions:
+    initial = {token.pos == 0 for token in defects.tokens}
+    return "both" if len(initial) > 1 else "initial" if True in initial else "later"
 
 
 def require_method(method: Any, *, weights: bool = False) -> Method:

@@ -39,6 +39,8 @@ class Search:
         spared: The set.
         loss: Its mean loss.
         within: Whether that is within the budget.
+        because: Why the search ended before that: ``"limit"`` (no more may be spared), ``"gain"`` (no candidate takes away enough of what is
+            lost), ``"candidates"`` (all are spared); empty where it did not.
         steps: The rounds.
         n_evaluated: How many sets were evaluated.
     """
@@ -46,6 +48,7 @@ class Search:
     spared: tuple[str, ...]
     loss: float
     within: bool
+    because: str
     steps: tuple[Step, ...]
     n_evaluated: int
 
@@ -93,10 +96,15 @@ def smallest_set(
     now = of(spared)
     steps: list[Step] = []
     most = len(candidates) if max_spared is None else min(max_spared, len(candidates))
-    while now > allowed and len(spared) < most:
+    because = ""
+    while now > allowed:
+        if len(spared) == most:
+            because = "candidates" if most == len(candidates) else "limit"
+            break
         tried = {name: of((*spared, name)) for name in candidates if name not in spared}
         best = min(tried, key=lambda name: tried[name])
         if now - tried[best] < MIN_GAIN * (now - full):
+            because = "gain"
             break
         spared, now = (*spared, best), tried[best]
         steps.append(Step(spared, now, tried))
@@ -105,4 +113,4 @@ def smallest_set(
             fewer = tuple(other for other in spared if other != name)
             if of(fewer) <= allowed:
                 spared, now = fewer, of(fewer)
-    return Search(spared, now, now <= allowed, tuple(steps), evaluated[0])
+    return Search(spared, now, now <= allowed, because, tuple(steps), evaluated[0])

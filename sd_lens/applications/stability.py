@@ -93,8 +93,12 @@ class DirectionStability:
 
     @property
     def emergence(self) -> CheckpointState | None:
-        """The first checkpoint from which on an explosion is found in all later ones; None where the last has none."""
-        return _first_of_the_last([state.found for state in self.states], self.states)
+        """The first checkpoint from which on every one has an explosion that takes in some of the tokens; None where the last has none.
+
+        An explosion of other tokens (``n_same`` is 0) is not the one that the last checkpoint has, even where no checkpoint lies
+        between the two.
+        """
+        return _first_of_the_last([state.found and state.n_same > 0 for state in self.states], self.states)
 
     @property
     def settled(self) -> CheckpointState | None:
@@ -139,8 +143,7 @@ class DirectionStability:
                 f"no token's norm reaches {self.min_ratio:g} times the others' median after any block (the largest ratio is {last.max_ratio:.1f}), "
                 "so there is no direction to follow"
             )
-        earlier = [state for state in self.states if state.found]
-        gone = f" Earlier there was one, at {_listed(earlier)}." if earlier else ""
+        gone = "".join(f" Earlier there was one{whose}, at {_listed(states)}." for whose, states in self._explosions(self.states))
         return f"The last checkpoint, {last.name}, has no explosion: {why}.{gone}"
 
     def _emerged(self) -> str:
@@ -152,12 +155,19 @@ class DirectionStability:
             return f"Every checkpoint has an explosion, from {at.name} on ({where}): the largest norm is {at.max_ratio:.1f} times the others' median there and {last.max_ratio:.1f} times at {last.name}."
         before = self.states[place - 1]
         end = "" if at is last else f", {last.max_ratio:.1f} times at {last.name}"
-        passing = [state for state in self.states[:place] if state.found]
-        gone = f" An earlier one, at {_listed(passing)}, did not last." if passing else ""
+        there = " (in other tokens)" if before.found else ""  # were it in these, this would be the emergence
+        passing = self._explosions(self.states[:place])
+        gone = "".join(f" An earlier one{whose}, at {_listed(states)}, did not last." for whose, states in passing)
         return (
-            f"The explosion emerges at {at.name} ({where}): the largest norm is {before.max_ratio:.1f} times the others' median at {before.name}, "
+            f"The explosion emerges at {at.name} ({where}): the largest norm is {before.max_ratio:.1f} times the others' median at {before.name}{there}, "
             f"{at.max_ratio:.1f} times at {at.name}{end}.{gone}"
         )
+
+    def _explosions(self, states: tuple[CheckpointState, ...]) -> list[tuple[str, list[CheckpointState]]]:
+        """Those of these states that have an explosion: first of the tokens followed, then of other tokens alone."""
+        followed = [state for state in states if state.found and (state.n_same > 0 or not self.n_vectors)]
+        others = [state for state in states if state.found and state not in followed]
+        return [(whose, found) for whose, found in (("", followed), (", of other tokens", others)) if found]
 
     def _angles(self) -> str:
         first, last, at = self.states[0], self.states[-1], self.emergence
@@ -168,7 +178,7 @@ class DirectionStability:
         shown = " and ".join([", ".join(each[:-1]), each[-1]] if len(each) > 1 else each)
         settled = self.settled
         stays = (
-            f"Before that it is never within {SETTLED_DEG:g}°"
+            f"It does not stay within {SETTLED_DEG:g}° before the last checkpoint"
             if settled is None
             else f"It stays within {SETTLED_DEG:g}° from {settled.name} on"
         )

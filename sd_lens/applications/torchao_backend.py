@@ -10,7 +10,6 @@ leave −128 out. The two round differently by half a step at most, which moves 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from sd_lens.models.hugging_face import as_linear, plain_copy
 from sd_lens.models.loading import inference
 from sd_lens.models.projections import Projection
 from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.quiet import quiet
 
 
 def require_torchao() -> None:
@@ -100,22 +100,8 @@ class _Smoothed(nn.Module):
 
 
 def _quantize(copy: Any, names: set[str], granularity: Granularity) -> None:
-    with _quiet():
+    with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
 
     config = Int8DynamicActivationInt8WeightConfig(granularity=PerTensor() if granularity == "per_tensor" else PerRow())
     quantize_(copy, config, filter_fn=lambda _module, name: name in names)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torchao from listing, at its import, the kernels it has for other machines."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

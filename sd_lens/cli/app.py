@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from sd_lens.models.quiet import TALKERS
+
 app = typer.Typer(
     help="Find and explain the high-norm tokens (singular defects, massive activations) of language models.",
     add_completion=False,
@@ -47,8 +49,7 @@ def _hush() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
-    # transformers imports torchao wherever it is installed, which then lists the kernels that it has for other machines.
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in TALKERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

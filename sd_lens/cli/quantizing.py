@@ -31,6 +31,10 @@ def quantize(
         Path | None,
         typer.Option("--text", help="A text file (UTF-8) to measure perplexity on; default: one that ships with sd_lens."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A text file that SmoothQuant's scales, ranges and errors are measured on; default: the text itself."),
+    ] = None,
     out: Out = None,
     json_file: Json = None,
     method: Annotated[
@@ -95,6 +99,7 @@ def quantize(
     if backend == "torchao":
         require_torchao()
     content = None if text is None else _content(text, "--text")
+    calibrated = None if calibration is None else _content(calibration, "--calibration")
     spared = _names(spare, spare_file)
     loaded = boot(model, device, dtype)
     study = quantization_study(
@@ -113,6 +118,7 @@ def quantize(
         window=window,
         stride=stride,
         prepend_bos=bos,
+        calibration=calibrated,
         backend=kernels,
         batch_tokens=batch_tokens,
     )

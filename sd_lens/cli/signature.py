@@ -33,7 +33,8 @@ def signature(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Any number of: 'tiny', a checkpoint folder, a name on the Hugging Face hub, or a saved signature (.json); default: tiny."
+            help="Any number of: 'tiny', a checkpoint folder, a name on the Hugging Face hub (with a revision: owner/name@step1000), or a saved "
+            "signature (with or without .json); default: tiny."
         ),
     ] = None,
     text: Text = None,

@@ -8,7 +8,7 @@ from sd_lens.applications.calibration import ProjectionRange
 from sd_lens.applications.quantization_result import QuantizationStudy, QuantizedRow
 from sd_lens.display.header import Record, header, plain
 
-_FACTS = ("backend", "window", "stride", "bos", "n_tokens", "alpha")
+_FACTS = ("backend", "window", "stride", "bos", "n_tokens", "n_calibrated", "alpha")
 
 
 def quantize_record(study: QuantizationStudy) -> Record:
@@ -29,6 +29,7 @@ def quantize_record(study: QuantizationStudy) -> Record:
         "ignore": None if found is None else found.ignore,
         "ranges": [_range(one) for one in study.ranges],
         "explosion_blocks": list(study.explosion_blocks),
+        "excluded": list(study.excluded),
         "decay_blocks": list(study.decay_blocks),
         **{name: getattr(study, name) for name in _FACTS},
         "notes": list(study.notes),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from markupsafe import Markup
 
-from sd_lens.applications.quantization_result import DETECTED, FULL, QuantizationStudy, Recommendation
+from sd_lens.applications.quantization_result import DETECTED, FULL, QuantizationStudy
+from sd_lens.applications.settings import compressor_settings, torchao_settings
 from sd_lens.display.figures import quantization_bars, quantization_ranges
 from sd_lens.display.fragments import code, figure, joined, paragraph, subheading, table
 from sd_lens.display.pages import Section, page, reading
@@ -33,7 +36,10 @@ def quantization_section(study: QuantizationStudy) -> Markup:
             figure(quantization_ranges(study), "quantization-ranges", min_width=680),
         ]
     if study.recommendation is not None:
-        pieces += [subheading("What to spare"), _settings(study.recommendation)]
+        found = study.recommendation
+        pieces += [subheading("What to spare"), paragraph(found.sentence()), _settings(found.torchao(), found.llm_compressor())]
+    else:
+        pieces += _detected(study)
     if study.notes:
         noted = "; ".join(study.notes)
         pieces.append(paragraph(f"{noted[0].upper()}{noted[1:]}."))
@@ -99,14 +105,32 @@ def _table(study: QuantizationStudy) -> Markup:
     return table(frame, columns, formats=dict.fromkeys((FULL, *sets), spec))
 
 
-def _settings(found: Recommendation) -> Markup:
-    """The recommendation, ready for the libraries that quantise for real."""
+def _detected(study: QuantizationStudy) -> list[Markup]:
+    """Settings that spare the explosion and decay blocks, where no smallest set was searched for."""
+    rows = [row for row in study.rows if row.spared == DETECTED]
+    if not rows:
+        return []
+    row = rows[0]
+    alpha = study.alpha if row.method == "smoothquant" else None
+    granularity: Any = row.granularity
+    text = (
+        f"These settings spare the down-projections of the explosion and decay blocks: {', '.join(row.names)}. Whether all of them are needed, or "
+        "others too, was not tried here; sd-lens quantize searches for the smallest set within a budget."
+    )
+    settings = (
+        torchao_settings(row.names, study.excluded, granularity, alpha),
+        compressor_settings(row.names, study.excluded, granularity, alpha),
+    )
+    return [subheading("What to spare"), paragraph(text), _settings(*settings)]
+
+
+def _settings(torchao: str, llm_compressor: str) -> Markup:
+    """Settings of the libraries that quantise for real, to copy."""
     return joined(
         [
-            paragraph(found.sentence()),
             paragraph("With torchao, where model is the Hugging Face model:"),
-            code(found.torchao()),
+            code(torchao),
             paragraph("With llm-compressor:"),
-            code(found.llm_compressor()),
+            code(llm_compressor),
         ]
     )

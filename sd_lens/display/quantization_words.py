@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from sd_lens.applications.quantization_result import DETECTED, QuantizationStudy, QuantizedRow
+from sd_lens.applications.quantization_result import DETECTED, QuantizationStudy, QuantizedRow, above
 
 _METHODS = {"rtn": "RTN", "smoothquant": "SmoothQuant"}
 _SETS = {"none": "nothing", DETECTED: "explosion and decay blocks"}
@@ -34,11 +32,7 @@ def named_sets(study: QuantizationStudy) -> tuple[str, ...]:
 
 def excess(study: QuantizationStudy, row: QuantizedRow) -> str:
     """By how much a row's perplexity exceeds that of full precision: ``+4.0 %``, from tenfold on ``× 250``."""
-    above = row.loss - study.full.loss
-    if above >= math.log(10):
-        return f"× {math.exp(min(above, 700.0)):.3g}"
-    text = f"{100 * math.expm1(above):+.1f} %".replace("-", "−")
-    return "±0.0 %" if text[1:] == "0.0 %" else text
+    return above(row.loss, study.full.loss)
 
 
 def perplexity(row: QuantizedRow) -> str:

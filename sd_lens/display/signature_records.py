@@ -23,6 +23,8 @@ def signature_record(signature: Signature) -> Record:
         "prompts": signature.prompts,
         "n_prompts": signature.n_prompts,
         "n_tokens": signature.n_tokens,
+        "tokens": list(signature.tokens),
+        "positions": signature.positions,
         "spread_deg": signature.spread_deg,
         "gap": None if signature.gap is None else plain(signature.gap),
         "chance_deg": None if chance is None else {"mean": chance.mean_deg, "std": chance.std_deg},
@@ -72,6 +74,7 @@ def _pair(pair: SignaturePair) -> Record:
         "chance_mean_deg": plain(pair.chance_mean_deg),
         "chance_std_deg": plain(pair.chance_std_deg),
         "probability": plain(pair.probability),
+        "note": pair.note,
     }
 
 

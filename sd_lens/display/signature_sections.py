@@ -19,6 +19,7 @@ _PAIRS = {
     "verdict": "verdict",
     "chance": "random directions (°)",
     "because": "why not",
+    "note": "note",
 }
 _MODELS = {
     "name": "model",
@@ -49,6 +50,8 @@ def signature_section(signature: Signature) -> Markup:
         ]
         if signature.method == "activations":
             facts.append(("high-norm tokens", f"{signature.n_tokens} of {signature.n_prompts} {signature.prompts} prompts"))
+        if signature.kind:
+            facts.append(("of these tokens", signature.kind))
         if signature.spread_deg is not None:
             facts.append(("mean angle between their vectors", f"{signature.spread_deg:.1f}°"))
         if signature.gap is not None:
@@ -81,7 +84,7 @@ def distances_section(distances: SignatureDistances) -> Markup:
         f"{mean:.1f} ± {std:.1f}" if mean == mean else "–"
         for mean, std in zip(pairs["chance_mean_deg"], pairs["chance_std_deg"], strict=True)
     ]
-    columns = {name: heading for name, heading in _PAIRS.items() if name != "because" or bool(pairs["because"].any())}
+    columns = {name: heading for name, heading in _PAIRS.items() if name not in ("because", "note") or bool(pairs[name].any())}
     return joined(
         [
             figure(lineage_map(distances), "lineage", min_width=260 + 44 * len(distances.names)),

@@ -21,6 +21,7 @@ from sd_lens.models.checkpoint import CheckpointWeights
 from sd_lens.models.completeness import Contents, draw, reason, require_plain
 from sd_lens.models.live import LiveWeights
 from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.quiet import quiet
 from sd_lens.models.shards import FLOATS, INDEX, SINGLE, find_shards, weight_map
 from sd_lens.models.weights import FFNWeights, ModelWeights
 
@@ -38,8 +39,8 @@ def load(
     """A TransformerLens model with the weights it was trained with, in eval mode.
 
     Args:
-        model: ``"tiny"`` for the model that ships with sd_lens, a folder with a Hugging Face checkpoint, a name on the hub, or a
-            TransformerLens model, which is checked and passed through.
+        model: ``"tiny"`` for the model that ships with sd_lens, a folder with a Hugging Face checkpoint, a name on the hub, with or without
+            a revision (``"owner/name@step1000"``), or a TransformerLens model, which is checked and passed through.
         dtype: What a loaded model's weights are converted to; a ready model keeps its own.
         **boot: Passed on to `TransformerBridge.boot_transformers` (``device``, ``trust_remote_code``, ...).
 
@@ -49,7 +50,7 @@ def load(
     Raises:
         ValueError: The model is not a TransformerLens model, has folded or centred weights, or is not a causal decoder; the folder
             has no config.json or an unusable one; a file or tensor of the folder is missing, damaged, quantised or of the wrong shape;
-            no model of this name can be had.
+            no model of this name can be had; a revision is given twice.
         FileNotFoundError: The folder does not exist.
 
     Example:
@@ -57,7 +58,8 @@ def load(
         'tiny'
     """
     if isinstance(model, str | os.PathLike):
-        loaded: Any = _boot(os.fspath(model), dtype, boot)
+        with quiet():
+            loaded: Any = _boot(os.fspath(model), dtype, boot)
     else:
         if boot:
             raise ValueError(f"boot options: got {', '.join(sorted(boot))} with a ready model; allowed: none")
@@ -74,7 +76,10 @@ def load(
 def _boot(name: str, dtype: torch.dtype, boot: dict[str, Any]) -> Any:
     folder, shown = _find(name)
     if folder is None:
-        return _boot_from(name, dtype, boot, shown=shown)
+        hub, revision = _hub_name(name)
+        if revision and "revision" in boot:
+            raise ValueError(f"revision: got {boot['revision']!r} with {name!r}, which names one; allowed: one of the two")
+        return _boot_from(hub, dtype, boot | ({"revision": revision} if revision else {}), shown=shown)
     _require_whole(folder, _require_decoder(folder), shown, trusted=bool(boot.get("trust_remote_code")))
     return _boot_from(str(folder), dtype, boot, shown=shown)
 
@@ -98,6 +103,14 @@ def _find(name: str) -> tuple[Path | None, str]:
 def _is_path(name: str) -> bool:
     """Hub names are ``name`` or ``owner/name``; whatever has more separators, or begins like a path, was meant as one."""
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+
+
+def _hub_name(name: str) -> tuple[str, str | None]:
+    """The name on the hub and the revision, if one stands behind an ``@``."""
+    hub, at, revision = name.partition("@")
+    if at and not (hub and revision):
+        raise ValueError(f"model: got {name!r}; allowed: a hub name and a revision, as in owner/name@step1000")
+    return hub, revision or None
 
 
 def _require_decoder(folder: Path) -> dict[str, Any]:
@@ -215,7 +228,7 @@ def weights_of(model: str | os.PathLike[str] | TransformerLensModel, *, dtype: t
 
     Args:
         model: A TransformerLens model, or ``"tiny"``, a folder with a Hugging Face checkpoint (safetensors, one file or sharded, in
-            float16, bfloat16, float32 or float64), or a name on the hub.
+            float16, bfloat16, float32 or float64), or a name on the hub, with or without a revision (``"owner/name@step1000"``).
         dtype: What weights read from files are converted to; by default they keep the type they are stored in. A ready model keeps its
             own.
 
@@ -257,11 +270,12 @@ def _fetched(name: str) -> Path:
     """The folder in the cache of the hub that holds a model's configuration and safetensors, downloaded where they were not there."""
     from huggingface_hub import snapshot_download
 
+    hub, revision = _hub_name(name)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", INDEX]))
+        folder = Path(snapshot_download(hub, revision=revision, allow_patterns=["config.json", INDEX]))
         index = folder / INDEX
         files = sorted(set(weight_map(index).values())) if index.is_file() else [SINGLE]
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=files))
     except Exception as error:
         raise _not_loaded(name, error) from error
 

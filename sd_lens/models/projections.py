@@ -90,8 +90,7 @@ def projections(model: TransformerLensModel) -> tuple[Projection, ...]:
         ValueError: The model is not such a bridge.
 
     Example:
-        >>> from sd_lens.models.hugging_face import hugging_face_of, is_conv1d, is_linear, pristine_names, unwrapped
-    from sd_lens.models.loading import load
+        >>> from sd_lens.models.loading import load
         >>> [p.name for p in projections(load("tiny")) if p.is_down][:2]
         ['model.layers.0.mlp.down_proj', 'model.layers.1.mlp.down_proj']
     """

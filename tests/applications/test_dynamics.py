@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -99,13 +100,35 @@ def test_the_explosion_of_the_shipped_model_emerges_at_step_500_and_its_directio
     assert [math.isnan(angle) for angle in own] == [False, True, False, False, False]
     assert trained.sentences()[0].startswith(
         "The explosion emerges at step 500 (block 2): the largest norm is 5.6 times the others' median at step 375, 6.4 times at step 500, "
-        "13.3 times at tiny. An earlier one, at step 50, did not last."
+        "13.3 times at tiny. An earlier one, of other tokens, at step 50, did not last."
     )
     assert "It stays within 15° from step 1000 on." in trained.sentences()[1]
     assert "Before the explosion that vector is the ordinary residual vector" in trained.sentences()[2]
     assert (
         repr(trained) == "DirectionStability(tiny: 5 checkpoints, explosion from step 500 on, direction 66° from the last at first)"
     )
+
+
+def test_an_explosion_of_other_tokens_is_not_the_emergence_though_nothing_lies_between(trained):
+    found = replace(trained, states=(trained.states[0], *trained.states[2:]))
+    assert columns(found, "found") == [True] * 4
+    assert found.emergence is trained.states[2]
+    assert found.sentences()[0].startswith(
+        "The explosion emerges at step 500 (block 2): the largest norm is 8.0 times the others' median at step 50 (in other tokens), 6.4 times at step 500, "
+    )
+    assert "An earlier one, of other tokens, at step 50, did not last." in found.sentences()[0]
+    gone = replace(trained.states[-1], found=False)  # high-norm tokens that no block makes
+    last = replace(found, states=(*found.states[:-1], gone)).sentences()[0]
+    assert last.endswith(
+        "no block that makes them. Earlier there was one, at step 500, step 1000. Earlier there was one, of other tokens, at step 50."
+    )
+
+
+def test_a_direction_that_comes_near_and_leaves_again_has_not_settled(trained):
+    states = [replace(one, angle_to_last_deg=angle) for one, angle in zip(trained.states[2:], (5.0, 40.0, 0.0), strict=True)]
+    found = replace(trained, states=tuple(states))
+    assert found.settled is None
+    assert "from where it ends. It does not stay within 15° before the last checkpoint. (" in found.sentences()[1]
 
 
 def test_angles_and_norms_are_those_of_plain_means(trained, before, tiny):
@@ -214,6 +237,22 @@ def test_a_folder_of_checkpoints_stands_for_them_in_order(tmp_path):
     assert [one.label for one in series([tmp_path, "tiny"])] == ["step-20", "step-1000", "tiny"]
 
 
+@pytest.mark.parametrize("weights", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_a_step_without_its_configuration_is_named_rather_than_left_out(tmp_path, weights):
+    for name in ("step-1", "step-2", "step-3", "logs-of-step-4", "notes"):
+        (tmp_path / name).mkdir()
+    for name in ("step-1", "step-3"):
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "notes" / weights).touch()  # not named after a step
+    (tmp_path / "logs-of-step-4" / "log.txt").touch()  # no weights
+    (tmp_path / "step-9").touch()  # no folder
+    assert [one.label for one in series(tmp_path)] == ["step-1", "step-3"]
+    (tmp_path / "step-2" / weights).touch()
+    with pytest.raises(ValueError, match=r"checkpoints: folder .*step-2 holds weights but no config\.json; allowed: ") as complaint:
+        series(tmp_path)
+    assert str(tmp_path / "step-2") in str(complaint.value)
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [
@@ -308,6 +347,16 @@ def test_other_tokens_in_one_checkpoint_are_refused_by_its_name(tmp_path, tiny):
     complaint = r"checkpoints: step-1 makes other tokens of prompt 1 than tiny \(.*allowed: checkpoints with one tokenizer"
     with pytest.raises(ValueError, match=complaint):
         direction_stability([folder, tiny], ["xx", "a", "cc"], progress=False)
+
+
+def test_a_last_checkpoint_that_cannot_be_loaded_is_named(monkeypatch, on):
+    def missing(name, **_):
+        raise ValueError(f"model: {name!r} could not be loaded; allowed: a name on the hub")
+
+    monkeypatch.setattr(checkpoints_module, "load", missing)
+    for given in (["some/hub@step1", "some/hub@step2"], [on, "some/hub@step2"]):
+        with pytest.raises(ValueError, match=r"^checkpoints: some/hub@step2: model: 'some/hub' could not be loaded"):
+            direction_stability(given, IDS, progress=False)
 
 
 def test_complaints_name_the_checkpoint(on):

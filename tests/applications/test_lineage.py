@@ -173,6 +173,77 @@ def test_names_tell_models_apart():
     assert compare([replace(made(one), notes=("n",))]).notes == ("made: n",)
 
 
+def test_directions_of_different_tokens_do_not_make_models_unrelated():
+    far, near = random_directions(2, 64), torch.ones(1, 64).expand(2, -1)
+
+    def verdict(a, b, directions=far):
+        (pair,) = compare(
+            [
+                made(one, name, method="activations", prompts="given", positions=positions, tokens=tokens)
+                for one, name, (positions, tokens) in zip(directions, "ab", (a, b), strict=True)
+            ]
+        ).pairs
+        return pair.verdict, bool(pair.note)
+
+    initial, later = ("initial", ("<s>",)), ("later", (".", "\\n"))
+    assert verdict(initial, later) == verdict(later, initial) == ("undecided", True)
+    assert verdict(initial, later, near) == ("same lineage", False)
+    assert verdict(initial, ("initial", ("<|endoftext|>",))) == ("unrelated", False)  # other tokenizers, same kind
+    assert verdict(later, ("later", ("Ċ",))) == ("unrelated", False)
+    assert verdict(initial, ("later", (".", "<s>"))) == ("unrelated", False)
+    assert verdict(("both", ("x", ".")), later) == verdict(("both", ("x",)), initial) == ("unrelated", False)
+    assert verdict(initial, ("", ())) == ("unrelated", False)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_an_ancestor_with_other_tokens_is_not_called_unrelated(family):
+    early = signature(FAMILY / "step-00050")
+    assert (early.positions, early.tokens) == ("later", (".",))
+    found = compare([family["activations"].signatures[0], early])
+    (pair,) = found.pairs
+    assert pair.angle_deg == pytest.approx(87.7, abs=0.2)
+    assert pair.verdict == "undecided"
+    assert pair.note == "of different tokens: initial '<s>'; later '.'; their directions may differ in one lineage"
+    assert str(pair).endswith(pair.note)
+    assert "In 1 pair one signature is of initial tokens" in " ".join(found.sentences())
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_folders_and_files_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(lineage, "signature", lambda item, **_: made(16, Path(item).name))
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # there is nothing to let go
+    for place in ("x/ra/final", "y/ra/final", "x/rb/final"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").touch()
+    made(random_directions(1, 16)[0], "final").save(tmp_path / "stem")
+    ra, ra2, rb = (str(tmp_path / place) for place in ("x/ra/final", "y/ra/final", "x/rb/final"))
+    assert signature_distances([ra, rb]).names == ("ra/final", "rb/final")
+    assert signature_distances([ra, ra2, rb]).names == ("x/ra/final", "y/ra/final", "rb/final")
+    assert signature_distances([ra, ra]).names == ("final", "final (2)")
+    assert signature_distances([ra]).names == ("final",)
+    found = signature_distances([ra, str(tmp_path / "stem"), rb])
+    assert found.names == ("ra/final", "stem", "rb/final")
+    assert "rb/final has no signature by weights: nothing stands out." in signature_distances([ra, rb]).sentences()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_saved_signature_is_known_by_the_name_it_was_saved_under(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lineage, "signature", lambda item, **_: made(16, f"the model {item}"))
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    one = made(random_directions(1, 16)[0], "one")
+    for name in ("x", "tiny", "half", "folder"):
+        one.save(name)
+    (tmp_path / "half.safetensors").unlink()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").touch()
+    for name in ("x", Path("x"), "x.json", str(tmp_path / "x")):
+        assert signature_distances([name]).signatures[0].content_hash == one.content_hash
+    assert signature_distances(["tiny", "half", "folder"]).names == ("the model tiny", "the model half", "the model folder")
+    with pytest.raises(FileNotFoundError, match="a saved signature"):
+        signature_distances(["./y"])
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 def test_models_loaded_here_are_let_go_one_by_one(monkeypatch):
     alive: list[weakref.ref] = []

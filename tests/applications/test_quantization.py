@@ -16,7 +16,9 @@ from sd_lens.applications import quantization
 from sd_lens.applications.calibration import channel_maxima, smoothing_scales
 from sd_lens.applications.perplexity import mean_loss, windows_of
 from sd_lens.applications.quantization import quantization_study
+from sd_lens.applications.quantization_result import Recommendation
 from sd_lens.applications.quantizing import logits_of, quantized
+from sd_lens.applications.sparing import Search
 from sd_lens.applications.texts import default_text
 from sd_lens.models.amplified import amplified
 from sd_lens.models.loading import load
@@ -245,3 +247,41 @@ def test_rows_that_are_not_there():
         match=r"^method, granularity, spared: got rtn, per_tensor, block 9; allowed: rtn, per_tensor, explosion and decay; ",
     ):
         study().row("rtn", "per_tensor", "block 9")
+
+
+def test_what_is_said_of_a_search_is_true():
+    """Whether it ran into a limit, and by how much, down to the tenth of a percent."""
+    full, loss = 4.0, 4.0 + math.log1p(0.0123)
+    ends = {"limit": "no more than 1 projection", "gain": "brings back much", "candidates": "all down-projections"}
+    for because, said in ends.items():
+        search = Search((DOWN.format(2),), loss, False, because, (), 3)
+        sentence = Recommendation("rtn", "per_tensor", 0.001, search, (), None, full).sentence()
+        assert "within 0.1 % of" in sentence
+        assert "+1.2 %" in sentence
+        assert said in sentence
+    there = Recommendation("smoothquant", "per_token", 0.02, Search((), full - 1e-6, True, "", (), 0), (), 0.5, full)
+    assert "SmoothQuant per-token is within 2 % of full precision's perplexity (±0.0 %) when nothing is spared." in there.sentence()
+    assert "SmoothQuant (alpha 0.5) is no part of this" in there.torchao()
+
+
+def test_scales_and_ranges_are_of_the_calibration_text():
+    model, tokens = zoo.cached("llama"), zoo.tokens(zoo.cached("llama"), batch=1, pos=60)[0]
+    options = {**SHORT, "window": 16, "ranges": True, "stride": 3}
+    found = quantization_study(model, tokens, calibration=tokens[:20], **options)
+    assert (found.n_calibrated, quantization_study(model, tokens, **options).n_calibrated) == (20, 60)
+    chosen = [one for one in projections(model) if one.block is not None]
+    largest = channel_maxima(model, chosen, windows_of(model, tokens[:20], window=16))
+    assert [one.input_max for one in found.ranges] == pytest.approx([float(largest[one.label].max()) for one in chosen])
+    with pytest.raises(ValueError, match=r"^calibration: got 3 tokens; allowed: at least"):
+        quantization_study(model, tokens, calibration=tokens[:3], **options)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    "option", [{"window": 64.5}, {"stride": 2.5}, {"spare": [3]}, {"text": b"bytes"}, {"budget": "x"}, {"max_spared": 1.5}]
+)
+def test_arguments_of_other_types(option):
+    model = zoo.cached("llama")
+    arguments = {"text": zoo.tokens(model, batch=1, pos=60)[0], "window": 16} | option
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: got .*; allowed: "):
+        quantization_study(model, **arguments)

@@ -38,6 +38,8 @@ def made():
         n_prompts=2,
         n_tokens=3,
         spread_deg=1.25,
+        tokens=("<s>", "“.”"),
+        positions="both",
         notes=("a note",),
         version="9.9",
     )
@@ -61,6 +63,7 @@ def test_activations_tell_the_planted_direction():
     assert float(acute_angle(found.direction, truth.direction)) < 1
     assert found.direction is not None
     assert found.direction.norm().item() == pytest.approx(1, abs=1e-6)
+    assert (found.positions, found.tokens) == ("initial", ("<0>", "<20>", "<40>"))  # there is no tokenizer
     assert found.largest()[0][1] == float(found.direction.abs().max())
     defects = find_defects(trace_norms(truth.model, tokens))
     assert signature_of(defects).content_hash == found.content_hash
@@ -232,7 +235,11 @@ def test_bad_input_is_named_before_any_work(tmp_path):
 
 def test_what_it_says(made):
     assert repr(made) == f"Signature(some/model “1”, by activations: d_model 4, block 1, {made.content_hash[:12]})"
-    assert "mean direction of 3 high-norm tokens; block 1 makes" in made.sentence()
+    assert (
+        "of some/model “1” is the mean direction of 3 high-norm tokens (initial and later '<s>', '“.”'); block 1 makes"
+        in made.sentence()
+    )
+    assert made.sentence("x").startswith("The signature of x is")
     assert "no single block makes" in replace(made, block=None).sentence()
     assert made.largest(2) == [(2, pytest.approx(0.8)), (0, pytest.approx(-0.6))]
     frame = made.to_dataframe()

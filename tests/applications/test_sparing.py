@@ -100,3 +100,21 @@ def test_nothing_to_spare():
     assert search(lambda _: FULL, "ab", 0.0).spared == ()
     found = search(lambda _: 3.0, (), 0.01)
     assert (found.spared, found.within) == ((), False)
+
+
+def test_why_a_search_ended():
+    cost = {"a": 0.5, "b": 0.4, "c": 0.001}
+
+    def loss(spared, base=0.0):
+        return base + sum(cost[name] for name in cost if name not in spared)
+
+    def ended(base=0.0, **options):
+        found = smallest_set(lambda spared: loss(spared, base), "abc", full=0.0, budget=0.01, known={}, **options)
+        return found.because, found.spared, found.within
+
+    assert ended() == ("", ("a", "b"), True)
+    assert ended(max_spared=1) == ("limit", ("a",), False)
+    assert ended(base=0.1) == ("gain", ("a", "b"), False)
+    assert ended(max_spared=0) == ("limit", (), False)
+    flat = smallest_set(lambda spared: 1.0 - 0.3 * len(spared), "abc", full=0.0, budget=0.01, known={})
+    assert (flat.because, flat.spared) == ("candidates", ("a", "b", "c"))

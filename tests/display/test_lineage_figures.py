@@ -122,6 +122,7 @@ def test_records_are_json_with_null_for_what_is_missing(distances):
         "chance_mean_deg": None,
         "chance_std_deg": None,
         "probability": None,
+        "note": "",
     }
     assert [level["d_model"] for level in record["chance_deg"]] == [16, 20]
     tree = record["trees"][0]

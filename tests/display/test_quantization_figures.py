@@ -41,7 +41,7 @@ def made(n_blocks=4, explosion=(1,), decay=(3,), *, cost=0.3, full=4.0, schemes=
             left = sum(one not in names for one in special)
             rows.append(QuantizedRow(method, granularity, name, names, full + each * left))
     rows.append(QuantizedRow(*schemes[0], "recommended", special, full))
-    search = Search(special, full, True, (), 3)
+    search = Search(special, full, True, "", (), 3)
     return QuantizationStudy(
         model_name="made",
         d_model=16,
@@ -56,9 +56,19 @@ def made(n_blocks=4, explosion=(1,), decay=(3,), *, cost=0.3, full=4.0, schemes=
         stride=127,
         bos=True,
         n_tokens=1270,
+        n_calibrated=1270,
+        excluded=("lm_head",),
         alpha=0.5,
         notes=("a note of <b>its</b> own",),
     )
+
+
+def test_without_a_search_the_page_gives_settings_for_the_detected_blocks(study):
+    page = render_quantization(replace(study, recommendation=None, rows=study.rows[:-1]))
+    assert "was not tried here" in page
+    assert (
+        page.count("model.layers.1.mlp.down_proj&#34;") == page.count("model.layers.3.mlp.down_proj&#34;") == 2
+    )  # torchao's and llm-compressor's
 
 
 def ranged(block, role, schemes, special):
@@ -201,7 +211,7 @@ def test_what_was_not_measured_is_not_drawn(study):
     assert figure.layout.annotations[0].text == "ranges were not measured"
     assert "budget" not in str(quantization_bars(bare).to_dict())
     page = str(quantization_section(bare))
-    assert "What to spare" not in page
+    assert "searches for the smallest set" in page
     assert "Ranges and errors" not in page
     record = json.loads(json.dumps(quantize_record(bare), allow_nan=False))
     assert record["ranges"] == []

@@ -123,6 +123,38 @@ def test_an_unknown_hub_name_is_refused():
         load("no-such-owner/no-such-model")
 
 
+def test_a_revision_on_the_hub_stands_behind_the_name(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def boot(source, **options):
+        asked.append((source, options["revision"]))
+        return zoo.build("llama")
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", boot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load("owner/name@step1000").cfg.model_name == "owner/name@step1000"
+    weights = weights_of("owner/name@step1000")
+    assert weights.name == "owner/name@step1000"
+    assert asked == [("owner/name", "step1000")] * 3
+    weights_of("owner/name")
+    assert asked[3:] == [("owner/name", None)] * 2
+    with pytest.raises(ValueError, match=r"^revision: got 'main' with 'owner/name@step1000', .*; allowed: "):
+        load("owner/name@step1000", revision="main")
+    for take in (load, weights_of):
+        with pytest.raises(ValueError, match=r"^model: got 'owner/name@'; allowed: a hub name and a revision"):
+            take("owner/name@")
+    assert len(asked) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name@step1000").symlink_to(folder)
+    assert len(weights_of("owner/name@step1000")) == zoo.BLOCKS
+    assert len(asked) == 5
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("thing", [None, 7, torch.nn.Linear(2, 2), zoo.hf_model("gpt2")], ids=lambda x: type(x).__name__)
 def test_what_is_no_model_is_refused(thing):
