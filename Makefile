@@ -38,7 +38,7 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python -m notebooks.publishing $(NOTEBOOKS)
 
 notebooks-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 -n auto notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=180 -n auto notebooks
 
 clean:
 	rm -rf $(VENV) .venv-tl3 sd-lens-report.html sd-lens-report.json

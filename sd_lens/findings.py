@@ -94,9 +94,9 @@ def analyse(
         ValueError: The model or the prompts are unusable.
 
     Example:
-        >>> from sd_lens.models.loading import load
-        >>> analyse(load("tiny")).defects.found
-        True
+        >>> from sd_lens.models.planted import planted
+        >>> analyse(planted().model).defects.explosion_blocks
+        (1,)
     """
     checked = check(model)
     if any(row.check == "causality" and row.passed is False for row in checked.rows):

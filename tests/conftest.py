@@ -14,6 +14,42 @@ torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
 
+LIKE_ANOTHER = frozenset(
+    (
+        "llama_bias",
+        "mistral",
+        "qwen2",
+        "gemma3",
+        "olmo",
+        "nemotron",
+        "qwen3_moe",
+        "olmoe",
+        "gpt2_quick_gelu",
+        "gpt_neox_sequential",
+        "phi",
+        "falcon_new",
+    )
+)
+"""Architectures of the zoo that TransformerLens bridges with the same code as another one there."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--few-families", action="store_true", help="of architectures bridged by the same code, test one")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--few-families"):
+        return
+    left = [item for item in items if not LIKE_ANOTHER.intersection(_texts(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(left)])
+    items[:] = left
+
+
+def _texts(item):
+    """The strings that a test is parametrised with."""
+    return [value for value in getattr(getattr(item, "callspec", None), "params", {}).values() if isinstance(value, str)]
+
+
 PLANTED = [(architecture, pathway) for architecture in ("llama", "gpt2", "gpt_neox") for pathway in ("head", "embedding")]
 
 

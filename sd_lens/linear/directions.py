@@ -144,7 +144,7 @@ def directions_of(
 
     Example:
         >>> from sd_lens.models.loading import load, weights_of
-        >>> table = directions_of(weights_of(load("tiny")))
+        >>> table = directions_of(weights_of(load("tiny")), blocks=[2, 3])
         >>> table.reference_source, table.row(2, "ffn").gap > 3
         ('block 2', True)
     """

@@ -119,7 +119,7 @@ def test_the_trigger_is_the_ffn_inputs_coefficient(family):
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_parts_add_up_whatever_is_asked(family, data):
     """Completeness: prompts of any lengths, in batches of any size or as one padded tensor or as a cache; any block and options."""
