@@ -130,8 +130,9 @@ def test_refused_in_one_line(run, tmp_path, words, needle):
     assert sorted(os.listdir(tmp_path)) == ["empty.txt", "latin.txt", "short.txt"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
-def test_without_torchao_its_backend_is_refused_before_any_work(run):
+def test_without_torchao_its_backend_is_refused_before_any_work(run, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else found(name, *rest))
     code, _, err = run("./nowhere", "--backend", "torchao")
     assert code == 2
     assert "backend: got 'torchao', which is not installed; allowed: 'fake', or pip install 'sd-lens[quantization]'" in err

@@ -74,6 +74,16 @@ def go_offline_if_needed(model: str) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
 
 
+def read_text(file: Path, option: str, *, allowed: str = "a text file") -> str:
+    """What a file holds; `BadInput` where it cannot be read as text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{option}: {file} cannot be read ({error.strerror}); allowed: {allowed}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{option}: {file} is not UTF-8 text; allowed: {allowed}") from None
+
+
 def given_prompts(text: list[str] | None, file: Path | None) -> list[str] | None:
     """The prompts asked for; None for the built-in ones."""
     if text and file:
@@ -82,12 +92,7 @@ def given_prompts(text: list[str] | None, file: Path | None) -> list[str] | None
         return text
     if file is None:
         return None
-    try:
-        content = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--prompts-file: {file} cannot be read ({error.strerror}); allowed: a text or .json file") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"--prompts-file: {file} is not UTF-8 text; allowed: a text or .json file") from None
+    content = read_text(file, "--prompts-file", allowed="a text or .json file")
     prompts = _json_prompts(file, content) if file.suffix == ".json" else [line for line in content.splitlines() if line.strip()]
     if not prompts:
         raise BadInput(f"--prompts-file: {file} holds no prompt; allowed: at least one line of text")

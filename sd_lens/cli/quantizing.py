@@ -20,6 +20,7 @@ from sd_lens.cli.arguments import (
     Out,
     Top,
     boot,
+    read_text,
     require_writable_files,
 )
 
@@ -150,13 +151,8 @@ def _chosen(option: str, chosen: Sequence[str], allowed: Sequence[str]) -> list[
 
 
 def _content(file: Path, option: str) -> str:
-    """A text file's content, which is more than white space."""
-    try:
-        content = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{option}: {file} cannot be read ({error.strerror}); allowed: a text file") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{option}: {file} is not UTF-8 text; allowed: a text file") from None
+    """What a text file holds, unless it is empty."""
+    content = read_text(file, option)
     if not content.strip():
         raise BadInput(f"{option}: {file} is empty; allowed: a text file with something in it")
     return content
