@@ -70,6 +70,11 @@ def pos_embed() -> str:
     return "hook_pos_embed"
 
 
+def unembed_in() -> str:
+    """What the unembedding reads: the stream after the final norm."""
+    return "unembed.hook_in"
+
+
 def entering_ffn(block: int, *, parallel: bool) -> list[str]:
     """What adds up to the stream that a block's FFN reads, which has no hook point of its own on every architecture.
 
