@@ -40,6 +40,28 @@ from sd_lens.models.check import Check, check
 from sd_lens.models.loading import ModelStateWarning, load, weights_of
 from sd_lens.models.planted import Planted, planted
 from sd_lens.models.weights import AttentionWeights, BlockWeights, FFNWeights, ModelWeights, MoEWeights, NormWeights
+from sd_lens.propagation.answering import answer_probes
+from sd_lens.propagation.answers import Answers
+from sd_lens.propagation.collapse import collapse_curve
+from sd_lens.propagation.consequences import PropagationConsequences, propagation_consequences
+from sd_lens.propagation.count_collapse import CountingCollapse, counting_collapse
+from sd_lens.propagation.counting import CountingGap, RatioBlindness, counting_gap, ratio_blindness
+from sd_lens.propagation.curve import CollapseCurve, CriticalLength, critical_length
+from sd_lens.propagation.decay import DecayFit
+from sd_lens.propagation.mitigations import Mitigations, mitigations
+from sd_lens.propagation.paths import PathWeights, lazy_walk, path_weights
+from sd_lens.propagation.probes import MergedTokensWarning, Probe, probe
+from sd_lens.propagation.sensitivity import sensitivity
+from sd_lens.propagation.sensitivity_result import Sensitivity
+from sd_lens.propagation.softmaxes import (
+    SoftmaxVariation,
+    alternating_total_variation,
+    expected_total_variation,
+    softmax_total_variation,
+)
+from sd_lens.propagation.squashing import squashing_bound
+from sd_lens.propagation.squashing_result import BlockConstants, SquashingBound
+from sd_lens.propagation.synthetic import SyntheticCollapse, synthetic_collapse
 from sd_lens.reporting import report
 from sd_lens.spectrum import block_directions
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
@@ -65,17 +87,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Amplified",
+    "Answers",
     "AttentionWeights",
     "Attribution",
+    "BlockConstants",
     "BlockDirections",
     "BlockMap",
     "BlockWeights",
     "Check",
     "CheckpointState",
     "Coefficients",
+    "CollapseCurve",
     "Component",
     "Confirmation",
     "Consequences",
+    "CountingCollapse",
+    "CountingGap",
+    "CriticalLength",
+    "DecayFit",
     "DefectDirection",
     "Defects",
     "DenseMap",
@@ -90,6 +119,8 @@ __all__ = [
     "Intervention",
     "LinearMap",
     "MassiveActivations",
+    "MergedTokensWarning",
+    "Mitigations",
     "MoEWeights",
     "ModelStateWarning",
     "ModelWeights",
@@ -97,40 +128,56 @@ __all__ = [
     "NormTrace",
     "NormWeights",
     "PatchSweep",
+    "PathWeights",
     "Planted",
     "PostScales",
+    "Probe",
+    "PropagationConsequences",
     "QuantizationStudy",
+    "RatioBlindness",
     "Recommendation",
     "RepeatedTokens",
     "ResponseCurve",
+    "Sensitivity",
     "Signature",
     "SignatureDistances",
     "SignaturePair",
     "SingularProbe",
     "SingularTriplets",
     "SinkAttention",
+    "SoftmaxVariation",
+    "SquashingBound",
     "SublayerAttribution",
     "SuperWeight",
     "SuperWeights",
+    "SyntheticCollapse",
     "TokenPathways",
     "Trigger",
     "VocabularyScan",
     "acute_angle",
+    "alternating_total_variation",
     "amplified",
     "analyse",
+    "answer_probes",
     "attribute_norm",
     "attribute_sublayers",
     "attribute_trigger",
     "block_directions",
     "check",
+    "collapse_curve",
     "confirm_in_context",
     "consequences",
+    "counting_collapse",
+    "counting_gap",
+    "critical_length",
     "defect_direction",
     "direction_stability",
     "directions_of",
     "eigen_nearest",
+    "expected_total_variation",
     "find_defects",
     "head_patterns",
+    "lazy_walk",
     "leading_singular",
     "linearize",
     "load",
@@ -138,18 +185,27 @@ __all__ = [
     "mean_pairwise_angle",
     "measure_inputs",
     "measure_router",
+    "mitigations",
     "patch_sweep",
+    "path_weights",
     "planted",
+    "probe",
     "probe_singular_vectors",
+    "propagation_consequences",
     "quantization_study",
+    "ratio_blindness",
     "repeated_tokens",
     "report",
     "response_curve",
     "scan_vocabulary",
+    "sensitivity",
     "signature",
     "signature_distances",
     "sink_attention",
+    "softmax_total_variation",
+    "squashing_bound",
     "super_weights",
+    "synthetic_collapse",
     "token_pathways",
     "trace_norms",
     "trigger_direction",

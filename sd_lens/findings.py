@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd_lens.anatomy import Anatomy, anatomy
+from sd_lens.anatomy import Anatomy, anatomy, attempt
 from sd_lens.applications.uses import Uses, uses
 from sd_lens.interventions.causality import Causality, causality
 from sd_lens.interventions.generation import BEGINNINGS
@@ -19,17 +19,21 @@ from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.pathways import Pathways, pathways
+from sd_lens.propagation.overview import Propagation, propagation
 from sd_lens.spectrum import entering_norms
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.source import Source, source_of
 from sd_lens.tracing.sublayers import SublayerAttribution, attribute_sublayers
 from sd_lens.tracing.trace import MIN_RATIO
-from sd_lens.wording import finding, whence
+from sd_lens.wording import finding, propagated, whence
 
 SCANNED = 2048
 """Of larger vocabularies, a sample of so many token ids is scanned; ``sd-lens pathways`` scans them all."""
 GENERATED = 12
 """A text with the explosion subspace removed goes on for so many tokens; ``sd-lens patch`` asks for more, and of two texts."""
+
+FELT = 20
+"""Sensitivities are those of so many of the first prompt's tokens at most; ``sd-lens collapse`` takes any text."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Findings:
         pathways: How tokens get to a high norm.
         causality: What the explosion's subspace does.
         uses: The model's signature, and what a quantiser must spare.
+        propagation: How information gets to the last token; None where it cannot be told.
+        no_propagation_because: The reason for that, else empty.
     """
 
     check: Check
@@ -57,11 +63,15 @@ class Findings:
     pathways: Pathways
     causality: Causality
     uses: Uses
+    propagation: Propagation | None
+    no_propagation_because: str
 
     def sentences(self) -> tuple[str, ...]:
         """What was found: the first sentence says whether anything was, the second what makes it."""
         parts = (self.anatomy, self.pathways, self.causality, self.uses) if self.defects.found else ()
-        return finding(self.defects), whence(self), *(sentence for part in parts for sentence in part.sentences())
+        said = [sentence for part in parts for sentence in part.sentences()]
+        more = () if self.propagation is None else propagated(self.propagation)
+        return finding(self.defects), whence(self), *said, *more
 
     def __repr__(self) -> str:
         return f"Findings({' '.join(self.sentences())})"
@@ -111,6 +121,8 @@ def analyse(
         directions = directions_of(weights_of(model), direction, norms=entering_norms(defects), progress=progress)
         if direction is not None:
             directions = replace(directions, reference_source="measured")
+    missing: dict[str, str] = {}
+    first = trace.tokens[trace.prompt == 0][:FELT]
     return Findings(
         check=checked,
         defects=defects,
@@ -121,6 +133,8 @@ def analyse(
         pathways=pathways(model, source, max_ids=SCANNED, min_ratio=min_ratio, **options),
         causality=_causality(model, source, defects, checked, prepend_bos=prepend_bos, **options),
         uses=uses(model, defects, prompts="built-in" if prompts is None else "given", **options),
+        propagation=attempt("propagation", missing, lambda: propagation(model, [first], **options)),
+        no_propagation_because=missing.get("propagation", ""),
     )
 
 

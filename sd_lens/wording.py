@@ -8,6 +8,7 @@ from sd_lens.tracing.defects import Defects
 
 if TYPE_CHECKING:
     from sd_lens.findings import Findings
+    from sd_lens.propagation.overview_result import Propagation
 
 
 def finding(defects: Defects) -> str:
@@ -60,6 +61,75 @@ def whence(findings: Findings) -> str:
     which = "that block's linear map is" if len(angles) == 1 else "those blocks' linear maps are"
     vector = "the leading left singular vector of" if len(angles) == 1 else "the leading left singular vectors of"
     return f"{text[0].upper()}{text[1:]}, and {vector} {which} {shown} from the direction of the high-norm tokens{beside}."
+
+
+def propagated(found: Propagation) -> tuple[str, ...]:
+    """How far apart two inputs stay at the last token, in which precision they become one, and which tokens the last one feels."""
+    said = [_collapse(found)]
+    if found.critical_lengths:
+        said.append(_critical(found))
+    if found.sensitivity is not None:
+        said.append(_felt(found))
+    return tuple(said)
+
+
+_METRICS = {"linf": "L∞", "l2": "L2", "l1": "L1", "relative": "L2 over the length", "cosine": "1 − cosine", "kl": "KL in nats"}
+
+
+def _collapse(found: Propagation) -> str:
+    curve = found.curve
+    plain = next((name for name in curve.metrics if name in ("linf", "l2", "l1")), None)
+    dtype, layer, metric = curve.line(metric=plain, layer="final" if "final" in curve.layers else None)
+    values = curve.values[dtype, layer, metric].mean((0, 2)).tolist()
+    second = (
+        "the same with its last element once more" if curve.probe["contrast"] == "repeated" else "the same with the digit changed"
+    )
+    where = {"final": "the last token's final representations", "logits": "the predictions after them"}
+    place = where.get(str(layer), f"the last token's vectors after block {layer}")
+    every = curve.probe["separator_every"]
+    probe = f"probe {curve.probe['name']}" + (f", a separator every {every} elements" if every else "")
+    heads = ", mean of head-sized chunks" if metric.endswith("_heads") else ""
+    what = _METRICS.get(metric.removesuffix("_heads"), "share of pairs with different predictions") + heads
+    return (
+        f"Of an input and {second} ({probe}), {place} are {values[0]:.3g} apart at length {curve.lengths[0]} and {values[-1]:.3g} at length "
+        f"{curve.lengths[-1]} ({what}, {dtype})."
+    )
+
+
+def _critical(found: Propagation) -> str:
+    """Of the first layer, by each precision's own run; where that never stays below, by that of the finest one."""
+    groups: dict[str, list[str]] = {}
+    every = [one for one in found.critical_lengths if one.layer == found.critical_lengths[0].layer]
+    for critical in every:
+        if critical.measured != critical.dtype:
+            continue
+        where = "nowhere" if critical.below_epsilon is None else f"from length {critical.below_epsilon} on"
+        if critical.below_epsilon is None:
+            finer = next(
+                (one for one in every if one.dtype == critical.dtype and one.measured != one.dtype and one.below_epsilon), None
+            )
+            where += "" if finer is None else f" (by {finer.measured}'s distances from length {finer.below_epsilon} on)"
+        where += "" if critical.equal is None else f" (equal to the bit at length {critical.equal})"
+        groups.setdefault(where, []).append(critical.dtype)
+    pieces = [f"in {' and '.join(dtypes)} {where}" for where, dtypes in groups.items()]
+    return f"Up to length {found.curve.lengths[-1]} they stay below machine epsilon {'; '.join(pieces)}."
+
+
+def _felt(found: Propagation) -> str:
+    felt = found.sensitivity
+    assert felt is not None
+    n = felt.position + 1
+    most = int(felt.frobenius[0, :n].argmax())
+    text = f"Of {n} token{'s' * (n != 1)} of a text the last one feels {felt.texts[most]!r} at position {most} most"
+    high = felt.high_norm[:n]
+    if bool(high.any()):
+        share = float(felt.share[0, :n][high].sum())
+        who = "the high-norm token has" if int(high.sum()) == 1 else f"the {int(high.sum())} high-norm tokens have"
+        text += f"; {who} {share:.2%} of the sum of squared sensitivities"
+    correlation = found.correlation.get("theorem")
+    if correlation is not None:
+        text += f"; the over-squashing bound orders the tokens with a rank correlation of {correlation:.2f} to the true order"
+    return f"{text}."
 
 
 def _blocks(blocks: tuple[int, ...]) -> str:

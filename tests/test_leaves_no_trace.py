@@ -26,6 +26,11 @@ from sd_lens.models.check import check
 from sd_lens.models.loading import weights_of
 from sd_lens.models.planted import planted
 from sd_lens.pathways import pathways
+from sd_lens.propagation.answering import answer_probes
+from sd_lens.propagation.collapse import collapse_curve
+from sd_lens.propagation.probes import probe
+from sd_lens.propagation.sensitivity import sensitivity
+from sd_lens.propagation.squashing import squashing_bound
 from sd_lens.spectrum import block_directions
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
 from sd_lens.tracing.census import massive_activations
@@ -139,6 +144,19 @@ ANALYSES |= {
     ),
     "signature": lambda model, found: signature(model, prompts=PROMPTS),
     "direction_stability": lambda model, found: direction_stability([model, model], PROMPTS),
+}
+ONES = {"zero": 5, "one": 6}
+ANALYSES |= {
+    "collapse_curve": lambda model, found: collapse_curve(
+        model, probe(model, symbols=ONES), [1, 3], intervention=subspace_of(model).ablate(side="both")
+    ),
+    "collapse_curve, not shared": lambda model, found: collapse_curve(
+        model, probe(model, symbols=ONES), [1, 3], shared=False, metrics=["kl", "linf"]
+    ),
+    "sensitivity": lambda model, found: sensitivity(model, PROMPTS[0], of="logits", sources=[0, 2]),
+    "sensitivity, estimated": lambda model, found: sensitivity(model, PROMPTS[0], method="hutchinson", n_probes=2),
+    "squashing_bound": lambda model, found: squashing_bound(model, PROMPTS[0]),
+    "answer_probes": lambda model, found: answer_probes(model, probe(model, "copy-last", symbols=ONES), [2, 3]),
 }
 WEIGHTS_ONLY = {
     "signature, from weights": lambda model, found: signature(weights_of(model)),

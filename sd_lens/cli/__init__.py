@@ -4,6 +4,6 @@
 # isort: skip_file
 
 from sd_lens.cli.app import app, main
-from sd_lens.cli import finding, spectrum, explaining, patching, signature, dynamics, quantizing
+from sd_lens.cli import finding, spectrum, explaining, patching, signature, dynamics, quantizing, collapsing
 
-__all__ = ["app", "dynamics", "explaining", "finding", "main", "patching", "quantizing", "signature", "spectrum"]
+__all__ = ["app", "collapsing", "dynamics", "explaining", "finding", "main", "patching", "quantizing", "signature", "spectrum"]

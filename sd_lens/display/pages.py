@@ -68,7 +68,13 @@ def page(
 
 
 def reading(
-    *, found: bool = False, maps: bool = False, explained: bool = False, edited: bool = False, quantized: bool = False
+    *,
+    found: bool = False,
+    maps: bool = False,
+    explained: bool = False,
+    edited: bool = False,
+    quantized: bool = False,
+    propagated: bool = False,
 ) -> Markup:
     """The words used on a page, and where they come from.
 
@@ -78,9 +84,18 @@ def reading(
         explained: Whether it shows attributions and pathways.
         edited: Whether it shows interventions.
         quantized: Whether it shows quantisation.
+        propagated: Whether it shows how information gets to the last token.
     """
     words = environment().get_template("how_to_read.html.j2")
-    return Markup(words.render(found=found, maps=maps, explained=explained, edited=edited, quantized=quantized))
+    shown = {
+        "found": found,
+        "maps": maps,
+        "explained": explained,
+        "edited": edited,
+        "quantized": quantized,
+        "propagated": propagated,
+    }
+    return Markup(words.render(**shown))
 
 
 def write_page(page: str, path: str | os.PathLike[str]) -> None:

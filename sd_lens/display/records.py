@@ -9,6 +9,7 @@ import os
 from sd_lens.display.explanation_records import attribute_record, pathways_record
 from sd_lens.display.header import Record, header, plain
 from sd_lens.display.intervention_records import patch_record
+from sd_lens.display.propagation_records import collapse_record, curve_record, sensitivity_record
 from sd_lens.display.quantization_records import quantize_record
 from sd_lens.display.signature_records import signature_record
 from sd_lens.findings import Findings
@@ -23,6 +24,7 @@ __all__ = [
     "Record",
     "attribute_record",
     "check_record",
+    "collapse_record",
     "patch_record",
     "pathways_record",
     "report_record",
@@ -52,6 +54,9 @@ def report_record(findings: Findings) -> Record:
         "quantize": None if findings.uses.quantization is None else quantize_record(findings.uses.quantization),
         "signature": signature_record(findings.uses.signature),
         "no_quantize_because": findings.uses.missing.get("quantize"),
+        "collapse": None if findings.propagation is None else curve_record(findings.propagation),
+        "sensitivity": None if findings.propagation is None else sensitivity_record(findings.propagation.sensitivity),
+        "no_collapse_because": findings.no_propagation_because or None,
     }
 
 

@@ -17,6 +17,7 @@ from sd_lens.display.figures import direction_angles, eigenvalues, norm_heatmap,
 from sd_lens.display.fragments import figure, joined, paragraph, subheading, table
 from sd_lens.display.labels import visible
 from sd_lens.display.pages import Section, reading
+from sd_lens.display.propagation_sections import collapse_section, sensitivity_section
 from sd_lens.display.quantization_sections import quantization_section
 from sd_lens.display.signature_sections import signature_section
 from sd_lens.display.tokens import colored_tokens, peak_block
@@ -234,6 +235,20 @@ def signature(findings: Findings) -> Markup | None:
     return signature_section(findings.uses.signature) if findings.uses.signature.found else None
 
 
+@section("collapse", "Representational collapse")
+def collapse(findings: Findings) -> Markup | None:
+    """How far apart two inputs stay at the last token, over the length."""
+    if findings.propagation is None:
+        return paragraph(f"Information propagation was not looked at: {findings.no_propagation_because}.")
+    return collapse_section(findings.propagation)
+
+
+@section("sensitivity", "What the last token feels")
+def sensitivity(findings: Findings) -> Markup | None:
+    """Which tokens the last one's output depends on."""
+    return None if findings.propagation is None else sensitivity_section(findings.propagation)
+
+
 @section("high-norm-tokens", "High-norm tokens")
 def high_norm_tokens(findings: Findings) -> Markup | None:
     """The first of them, by prompt and position."""
@@ -292,4 +307,5 @@ def how_to_read(findings: Findings) -> Markup:
         explained=True,
         edited=edited,
         quantized=findings.uses.quantization is not None,
+        propagated=findings.propagation is not None,
     )

@@ -118,12 +118,20 @@ def test_the_report_holds_all_of_them(findings):
     assert record["patch"] == patch_record(findings.causality)
     assert (record["quantize"], "tokenizer" in record["no_quantize_because"]) == (None, True)
     assert record["signature"]["content_hash"] == findings.uses.signature.content_hash
+    assert record["collapse"]["rows"] == findings.propagation.curve.rows()
+    assert [row["frobenius"] for row in record["sensitivity"]["rows"]] == findings.propagation.sensitivity.frobenius[0].tolist()
+    assert record["no_collapse_because"] is None
     assert {record[part]["n_blocks"] for part in ("trace", "spectrum", "sublayers", "check", "patch")} == {6}
 
 
 def test_the_report_of_a_model_that_cannot_be_linearised(findings):
     record = report_record(replace(findings, directions=None, no_directions_because="a reason"))
     assert (record["spectrum"], record["no_spectrum_because"]) == (None, "a reason")
+
+
+def test_the_report_of_a_model_that_cannot_be_run_in_any_precision(findings):
+    record = report_record(replace(findings, propagation=None, no_propagation_because="a reason"))
+    assert (record["collapse"], record["sensitivity"], record["no_collapse_because"]) == (None, None, "a reason")
 
 
 def test_a_record_is_written_whole_or_not_at_all(findings, tmp_path, monkeypatch):

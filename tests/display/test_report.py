@@ -90,6 +90,8 @@ def test_the_page_says_what_was_found_first(page, findings):
         *EXPLAINED,
         "quantization",
         "signature",
+        "collapse",
+        "sensitivity",
         "high-norm-tokens",
         "checks",
         "how-to-read",
@@ -129,7 +131,18 @@ def test_hard_tokens_are_text(findings):
 def test_where_nothing_was_found_the_page_says_so_and_leaves_out_the_rest(not_found):
     parsed = Page(render(not_found))
     text = words(parsed.text)
-    assert parsed.sections == ["norms", "tokens", "maps", "massive", "scans", "attention", "checks", "how-to-read"]
+    assert parsed.sections == [
+        "norms",
+        "tokens",
+        "maps",
+        "massive",
+        "scans",
+        "attention",
+        "collapse",
+        "sensitivity",
+        "checks",
+        "how-to-read",
+    ]
     assert text.index("No explosion was found") < text.index("Norms")
     assert "explosion blocks" not in text
     assert "balance" not in text
@@ -151,6 +164,13 @@ def test_without_a_subspace_to_remove_the_page_gives_the_reason(findings):
     assert "The explosion subspace was not removed: no <hook> point." in words(parsed.text)
     assert "Explosion subspace " not in words(parsed.text)
     assert "response" not in parsed.sections
+    assert parsed.problems == []
+
+
+def test_without_propagation_the_page_gives_the_reason(findings):
+    parsed = Page(render(replace(findings, propagation=None, no_propagation_because="no <room>")))
+    assert "Information propagation was not looked at: no <room>." in words(parsed.text)
+    assert "sensitivity" not in parsed.sections
     assert parsed.problems == []
 
 

@@ -82,12 +82,14 @@ def test_dtypes_are_checked(as_users_run_it, monkeypatch):
     for wrong, shown in (("int8", "'int8'"), (torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int32, "int32"), (3, "3")):
         with pytest.raises(ValueError, match=rf"^dtypes: got {shown}; allowed: float64, float32"):
             require_runnable(model, [wrong])
-    with pytest.raises(ValueError, match="^dtypes: got none"):
+    with pytest.raises(ValueError, match=r"^dtypes: got none"):
         require_runnable(model, [])
 
     def cannot(dtype, device):
-        raise RuntimeError('"addmm" not implemented for \'Half\'\nmore')
+        raise RuntimeError("\"addmm\" not implemented for 'Half'\nmore")
 
     monkeypatch.setattr(precision, "_try", cannot)
-    with pytest.raises(ValueError, match=r"^dtypes: got float16, which cpu cannot run \(\"addmm\" not implemented for 'Half'\); allowed:"):
+    with pytest.raises(
+        ValueError, match=r"^dtypes: got float16, which cpu cannot run \(\"addmm\" not implemented for 'Half'\); allowed:"
+    ):
         require_runnable(model, ["float16"])

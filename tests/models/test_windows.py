@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 import zoo
@@ -24,7 +26,7 @@ def test_without_it_every_token_is_seen(family):
     reading = [(hook_names.pattern(0), lambda pattern, hook: seen.append(int((pattern[0, 0, -1] > 0).sum())))]
     with torch.no_grad():
         before = model.run_with_hooks(tokens, fwd_hooks=reading)
-        with pytest.raises(KeyError), without_window(model):
+        with suppress(KeyError), without_window(model):
             model.run_with_hooks(tokens, fwd_hooks=reading)
             raise KeyError
         assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=reading), before)

@@ -1,0 +1,1 @@
+"""Benchmarks of information propagation."""
