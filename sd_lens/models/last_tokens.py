@@ -105,7 +105,12 @@ def can_share(model: TransformerLensModel) -> bool:
     except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, AttributeError):
         return False
     without, with_cache = seen
-    return bool((with_cache - without).norm() <= 0.05 * without.norm())
+    rounding = 1e-3 if torch.finfo(_precision(model)).bits >= 32 else 0.05
+    return bool((with_cache - without).norm() <= rounding * without.norm())
+
+
+def _precision(model: Any) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 class _Reader:

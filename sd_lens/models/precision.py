@@ -72,7 +72,7 @@ def running_in(model: TransformerLensModel, dtype: torch.dtype) -> Iterator[None
 
     A block's weights are converted when a pass enters it and forgotten when it is left, so that one block's weights (and what does not
     belong to a block: embeddings and final norm) are in memory beyond the model. What transformers computes in float32 in models loaded
-    in half precision, such as the angles of rotary positions, it computes in float32 here too.
+    in half precision, such as norms, the softmax and the angles of rotary positions, it computes in float32 here too, also in float64.
 
     Args:
         model: The model.

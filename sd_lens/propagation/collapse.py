@@ -17,7 +17,7 @@ from sd_lens.models.precision import dtype_name, require_runnable, running_in
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.windows import sliding_window
 from sd_lens.propagation.curve import LAYER, CollapseCurve, Line
-from sd_lens.propagation.pair_distances import PREDICTIONS, distance, require_metrics
+from sd_lens.propagation.pair_distances import ABSOLUTE, PREDICTIONS, distance, require_metrics
 from sd_lens.propagation.probes import Probe, require_lengths
 from sd_lens.propagation.probes import probe as make_probe
 from sd_lens.tracing.arguments import require_block, require_whole
@@ -48,7 +48,7 @@ def collapse_curve(
 
     The model is really run in each precision (one block's weights converted at a time), and what sequences share is run once: the
     cost is about that of one pass over the longest sequence per sample and precision, whatever the number of lengths, and memory is that
-    of its keys and values (see `last_tokens`). The last token of either sequence of a pair is computed by the same kernels.
+    of its keys and values (see `last_tokens`). The last token of either sequence of a pair is then computed by the same kernels.
 
     Args:
         model: A TransformerLens model.
@@ -56,7 +56,9 @@ def collapse_curve(
         lengths: Lengths of the pairs' first sequences, in content elements; None for about four per doubling up to the model's context, or 8192.
         layers: Blocks, whose output is meant, or ``"final"``, after the final norm.
         metrics: Names of `METRICS`. ``"kl"`` and ``"argmax"`` are of the model's predictions, whatever the layers.
-        dtypes: Precisions: float64, float32, bfloat16, float16.
+        dtypes: Precisions: float64, float32, bfloat16, float16. Weights are converted from what the model holds. What transformers computes in
+            float32 whatever the model's precision (norms, softmax, angles of rotary positions) it computes in float32 here, too: in a
+            float64 run some rounding is float32's.
         intervention: What to change in the passes, such as ``ExplosionSubspace.at(model).ablate()``.
         shared: Whether to run what sequences share once; None: where the model can, which is tried. A model with a sliding window
             and an intervention is run without, as hooks cannot tell there where in a sequence a pass goes on.
@@ -98,6 +100,7 @@ def collapse_curve(
     sequences = [sequence for pair in pairs for sequence in pair]
     values: dict[Line, Tensor] = {}
     equal: dict[tuple[str, LAYER], Tensor] = {}
+    sizes: dict[Line, float] = {}
     for dtype in types:
         tally = _Tally(len(pairs), points, wanted, int(model.cfg.d_head))
         with running_in(model, dtype) if dtype != _own(model) else nullcontext():
@@ -113,6 +116,7 @@ def collapse_curve(
                 label=f"{probe.name} in {dtype_name(dtype)}",
             )
         for (layer, metric), parts in tally.distances.items():
+            sizes[dtype_name(dtype), layer, metric] = tally.sizes[layer, metric] / len(pairs)
             values[dtype_name(dtype), layer, metric] = torch.stack(parts).view(probe.samples, len(ordered), -1)
         for layer, same in tally.equal.items():
             equal[dtype_name(dtype), layer] = torch.tensor(same).view(probe.samples, len(ordered))
@@ -123,6 +127,7 @@ def collapse_curve(
         lengths=ordered,
         values=values,
         equal=equal,
+        sizes=sizes,
         edited=None if intervention is None else intervention.name,
         shared=shared,
     )
@@ -136,10 +141,11 @@ def default_lengths(model: TransformerLensModel, probe: Probe) -> tuple[int, ...
         probe: The probe.
     """
     steps = [round(2 ** (step / 4)) for step in range(8, 4 * LONGEST.bit_length() - 3)]
-    grid = [1, 2, 3, *(length for length in steps if 4 <= length <= LONGEST)]
+    # With nothing before it a token repeated is the same twice, whatever the model.
+    grid = [*((1,) if probe.before else ()), 2, 3, *(length for length in steps if 4 <= length <= LONGEST)]
     context = int(getattr(model.cfg, "n_ctx", None) or LONGEST)
     fitting = [length for length in dict.fromkeys(grid) if length <= context and probe.longest([length]) <= context]
-    return require_lengths(model, probe, fitting or [1])
+    return require_lengths(model, probe, fitting or [2])
 
 
 def _own(model: Any) -> torch.dtype | None:
@@ -181,6 +187,7 @@ class _Tally:
         self._waiting: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._metrics = {(layer, metric): distance(metric, d_head) for layer in points for metric in wanted[layer]}
         self.distances: dict[tuple[LAYER, str], list[Tensor]] = {key: [torch.empty(0)] * n_pairs for key in self._metrics}
+        self.sizes: dict[tuple[LAYER, str], float] = dict.fromkeys(self._metrics, 0.0)
         self.equal: dict[LAYER, list[bool]] = {layer: [False] * n_pairs for layer in points}
 
     def receive(self, number: int, point: int, vector: Tensor) -> None:
@@ -195,3 +202,5 @@ class _Tally:
         for (place, metric), measure in self._metrics.items():
             if place == layer:
                 self.distances[place, metric][pair] = measure(first, last).cpu()
+                if metric in ABSOLUTE:
+                    self.sizes[place, metric] += measure(first, torch.zeros_like(first)).mean().item()

@@ -15,13 +15,18 @@ from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
+from sd_lens.propagation.arguments import one_prompt
 from sd_lens.propagation.collapse import FINAL, collapse_curve
-from sd_lens.propagation.curve import CollapseCurve, summary
+from sd_lens.propagation.critical import peak, summary
+from sd_lens.propagation.curve import CollapseCurve
 from sd_lens.propagation.pair_distances import ABSOLUTE
-from sd_lens.propagation.probes import Probe
+from sd_lens.propagation.probes import Probe, require_lengths
+from sd_lens.propagation.probes import probe as make_probe
 from sd_lens.propagation.sensitivity import Method, sensitivity
 from sd_lens.propagation.sensitivity_result import Sensitivity
 from sd_lens.tracing.arguments import require_seed
+from sd_lens.tracing.defects import find_defects
+from sd_lens.tracing.source import source_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,13 +61,14 @@ class PropagationConsequences:
     def rows(self) -> list[dict[str, Any]]:
         """One row per run and precision."""
         rows = []
+        start = peak(self.curves[UNTOUCHED], metric=self.metric, layer=FINAL)  # the same for all, so that exponents compare
         for run, curve in self.curves.items():
             for dtype in curve.dtypes:
                 felt = self.sensitivities.get(run)
                 rows.append(
                     {
                         "run": run,
-                        **summary(curve, dtype, metric=self.metric, layer=FINAL),
+                        **summary(curve, dtype, metric=self.metric, layer=FINAL, start=start),
                         "high_norm_share": None if felt is None else _part(felt, felt.share[0]),
                         "high_norm_relative_share": None if felt is None else _part(felt, _normalised(felt.relative[0])),
                         "first_norm": None if felt is None else felt.frobenius[0, 0].item(),
@@ -152,8 +158,13 @@ def propagation_consequences(
     require_subspace(model, subspace, rank, controls, batch_tokens)
     if metric not in ABSOLUTE:
         raise ValueError(f"metric: got {metric!r}; allowed: {', '.join(map(repr, ABSOLUTE))}")
+    ids = None if prompt is None else one_prompt(model, prompt)
+    if isinstance(probe, str):
+        probe = make_probe(model, probe)
+    if lengths is not None:
+        lengths = require_lengths(model, probe, lengths)
     if subspace is None:
-        subspace = ExplosionSubspace.at(model, rank=rank)
+        subspace = _own_subspace(model, rank)
     ablate = subspace.ablate(side=side)
     runs: dict[str, Intervention | None] = {UNTOUCHED: None, ABLATED: ablate}
     runs |= {f"{CONTROL} {number}": ablate.control(seed + number) for number in range(controls)}
@@ -164,9 +175,16 @@ def propagation_consequences(
         for run, edit in runs.items()
     }
     felt: dict[str, Sensitivity] = {}
-    if prompt is not None:
-        felt = {run: sensitivity(model, prompt, method=method, intervention=edit, progress=progress) for run, edit in runs.items()}
+    if ids is not None:
+        felt = {run: sensitivity(model, [ids], method=method, intervention=edit, progress=progress) for run, edit in runs.items()}
     return PropagationConsequences(str(model.cfg.model_name), subspace.block, side, subspace.rank, metric, curves, felt)
+
+
+def _own_subspace(model: TransformerLensModel, rank: int) -> ExplosionSubspace:
+    defects = find_defects(source_of(model, None, may_need=()).trace())
+    if defects.main_block is None:
+        raise ValueError("subspace: got None, and no block explodes; allowed: an ExplosionSubspace of this model, of any block")
+    return ExplosionSubspace.at(model, rank=rank, defects=defects)
 
 
 def _normalised(norms: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sd_lens.models.loading import require_usable
-from sd_lens.models.precision import dtype_name, require_runnable
+from sd_lens.models.precision import PRECISIONS, dtype_name, require_runnable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.windows import sliding_window, without_window
 from sd_lens.propagation.collapse import FINAL, collapse_curve, default_lengths
-from sd_lens.propagation.curve import LAYER, CollapseCurve, summary
+from sd_lens.propagation.critical import peak, summary
+from sd_lens.propagation.curve import LAYER, CollapseCurve
 from sd_lens.propagation.pair_distances import ABSOLUTE
 from sd_lens.propagation.probes import probe as make_probe
 from sd_lens.propagation.probes import require_lengths
@@ -67,10 +68,12 @@ class Mitigations:
     def rows(self) -> list[dict[str, Any]]:
         """One row per setting and precision."""
         rows = []
+        start = peak(self.settings[0].curve, metric=self.metric, layer=self.layer)  # the same for all, so that exponents compare
         for setting in self.settings:
             for dtype in setting.curve.dtypes:
-                ends = summary(setting.curve, dtype, metric=self.metric, layer=self.layer)
-                kept = ends["longest"] / ends["shortest"] if ends["shortest"] else float("nan")
+                ends = summary(setting.curve, dtype, metric=self.metric, layer=self.layer, start=start)
+                rounding = torch.finfo(PRECISIONS[dtype]).eps
+                kept = ends["longest"] / ends["shortest"] if ends["shortest"] > rounding else float("nan")
                 rows.append({"separator_every": setting.separator_every, "window": setting.window, **ends, "kept": kept})
         return rows
 

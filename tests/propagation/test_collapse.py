@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import zoo
 
 from sd_lens.interventions.subspace import ExplosionSubspace
+from sd_lens.models.loading import load
 from sd_lens.models.precision import running_in
 from sd_lens.propagation.collapse import collapse_curve, default_lengths
-from sd_lens.propagation.curve import critical_length
+from sd_lens.propagation.critical import critical_length
 from sd_lens.propagation.probes import probe
 
 SYMBOLS = {"zero": 40, "one": 41, "plus": 42, "separator": 43}
@@ -123,10 +126,22 @@ def test_interventions_on_windowed_models_are_run_whole():
     torch.testing.assert_close(curve.values["float32", "final", "linf"][..., 0], wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["repeat-last", "count-ones"])
+def test_tiny_in_half_precision_loses_the_pair_no_later(name):
+    curve = collapse_curve(load("tiny"), name, [1, 16, 128, 256, 384, 500], metrics=["linf", "relative"])
+    for metric in curve.metrics:
+        for measured in (None, "float32"):
+            half = critical_length(curve, "bfloat16", measured=measured, metric=metric).below_epsilon or math.inf
+            assert half <= (critical_length(curve, "float32", metric=metric).below_epsilon or math.inf)
+    # What float32 keeps apart, by its own epsilon, is within bfloat16's at the end: the relative distance is below 2^-7.
+    assert critical_length(curve, "bfloat16", measured="float32", metric="relative").below_epsilon is not None
+    assert critical_length(curve, "float32", metric="relative").below_epsilon is None
+
+
 def test_default_lengths_fill_the_context():
     model = zoo.cached("llama")
     lengths = default_lengths(model, probe_of(model))
-    assert lengths[:5] == (1, 2, 3, 4, 5)
+    assert lengths[:5] == (2, 3, 4, 5, 6)
     assert probe_of(model).longest([lengths[-1]]) <= zoo.CONTEXT < 1.3 * lengths[-1]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sd_lens.propagation.curve import CollapseCurve, critical_length
+from sd_lens.propagation.critical import critical_length
+from sd_lens.propagation.curve import CollapseCurve
 
 LENGTHS = (1, 10, 100, 1000)
 EPS = 2.0**-7
@@ -67,11 +71,33 @@ def test_distances_of_another_precision():
 
 def test_decay_is_fitted_from_the_peak_to_the_rounding():
     # Rounding of one size at the end would halve the exponent, and so would a rise before the fall.
-    assert curve([[1.0, 0.1, 0.01, 0.03]], dtype="float32").decay().exponent < 0.7
-    assert curve([[1.0, 0.1, 0.03, 0.03]]).decay().exponent == pytest.approx(1.0)
-    assert curve([[0.0, 1.0, 0.1, 0.03]]).decay().exponent == pytest.approx(1.0)
-    assert curve([[0.1, 1.0, 0.1, 0.01]], dtype="float32").decay().exponent == pytest.approx(1.0)
-    assert curve([[0.1, 1.0, 0.1, 0.01]], dtype="float32").decay(start=1).exponent < 0.5
+    fit = curve([[1.0, 0.1, 0.01, 0.007]]).decay()
+    assert (fit.exponent, fit.start, fit.stop) == (pytest.approx(1.0), 1, 100)
+    assert curve([[1.0, 0.1, 0.01, 0.007]], dtype="float32").decay().exponent < 0.8
+    risen = curve([[0.1, 1.0, 0.1, 0.01]], dtype="float32")
+    assert (risen.decay().exponent, risen.decay().start) == (pytest.approx(1.0), 10)
+    assert risen.decay(start=1).exponent < 0.5
+    two = curve([[0.0, 0.0, 1.0, 0.1]], dtype="float32").decay()  # any line goes through two points
+    assert math.isnan(two.exponent)
+    assert (two.start, two.stop) == (100, 1000)
+
+
+def test_rounding_is_held_against_the_size_of_a_representation():
+    large = replace(curve([[10.0, 1.0, 0.1, 0.06]]), sizes={("bfloat16", "final", "linf"): 8.0})
+    assert large.decay().exponent == pytest.approx(1.0)
+    assert large.decay().stop == 100
+
+
+def test_rounding_is_seen_beside_a_finer_run():
+    values = {
+        ("float32", "final", "linf"): torch.tensor([[1.0, 0.1, 0.01, 0.001]], dtype=torch.float64).unsqueeze(-1),
+        ("bfloat16", "final", "linf"): torch.tensor([[1.0, 0.11, 0.01, 0.02]], dtype=torch.float64).unsqueeze(-1),
+    }
+    equal = dict.fromkeys([("float32", "final"), ("bfloat16", "final")], torch.zeros(1, 4, dtype=torch.bool))
+    both = CollapseCurve("m", 3, {"name": "count-ones"}, LENGTHS, values, equal)
+    assert both.decay("float32").stop == 1000
+    assert both.decay("bfloat16").exponent == pytest.approx(1.0)
+    assert both.decay("bfloat16").stop == 100
 
 
 def test_rows():
