@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sd-lens report tiny --out sd-lens-report.html --json sd-lens-report.json
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

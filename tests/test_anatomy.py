@@ -3,10 +3,10 @@
 import pytest
 import torch
 import zoo
+from shared import planted
 from streams import ragged
 
 from sd_lens.anatomy import NOTHING, anatomy
-from sd_lens.models.planted import planted
 from sd_lens.pathways import pathways
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
 

@@ -15,7 +15,7 @@ from sd_lens import cli
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, capsys, tmp_path, loaded_once):
     """Runs the command in this process, in an empty folder; gives the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
@@ -377,6 +377,7 @@ def test_an_error_while_drawing_leaves_no_file(run, tmp_path, monkeypatch):
     def broken(findings):
         raise OSError("the disk is full")
 
+    monkeypatch.setattr("sd_lens.reporting.analyse", lambda *_, **__: None)  # nothing of it is drawn
     monkeypatch.setattr("sd_lens.display.report.render", broken)
     code, _, err = run("report", "--out", "page.html", "--json", "page.json")
     assert code == 2
@@ -413,6 +414,7 @@ def test_every_import_points_down():
         "pathways",
         "interventions",
         "applications",
+        "propagation",
         "wording",
         "findings",
         "display",

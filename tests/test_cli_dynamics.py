@@ -15,7 +15,7 @@ FAMILY = Path(__file__).parents[1] / "training" / "family"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, capsys, tmp_path, loaded_once):
     """Runs the command in this process, in an empty folder; gives the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 

@@ -18,7 +18,7 @@ DOWN = "model.layers.2.mlp.down_proj"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, capsys, tmp_path, loaded_once):
     """Runs the command in this process, in an empty folder; gives the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 

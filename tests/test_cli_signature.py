@@ -14,7 +14,7 @@ from sd_lens.applications.signature import Signature, with_sign
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, capsys, tmp_path, loaded_once):
     """Runs the command in this process, in an empty folder; gives the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 

@@ -22,6 +22,7 @@ EXAMPLES = [
 README = Path(__file__).parent.parent / "README.md"
 
 
+@pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name.removeprefix("sd_lens."))
 def test_docstring_example(example, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

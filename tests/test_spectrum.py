@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from shared import planted
 from tokenizer import save_folder
 
 import sd_lens
 from sd_lens.linear.directions import directions_of
 from sd_lens.linear.measured import measure_inputs, measure_router
 from sd_lens.models.loading import load, weights_of
-from sd_lens.models.planted import planted
 from sd_lens.spectrum import block_directions, measure_reference
 from sd_lens.tracing.prompts import BUILT_IN_PROMPTS, default_prompts
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
+from shared import planted
 
 from sd_lens.applications import signing
 from sd_lens.applications.signature import Signature, with_sign
@@ -19,7 +20,6 @@ from sd_lens.applications.signing import signature, signature_of
 from sd_lens.applications.weight_scan import FFNStretch, explosion_among, why_none
 from sd_lens.linear.angles import acute_angle
 from sd_lens.models.loading import weights_of
-from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 

@@ -15,8 +15,9 @@ HARD = ("<s>", "</script>", " \"quoted\" & 'more'", "🙂", "\n", "\tif", " the"
 @pytest.fixture(scope="session")
 def planted_findings():
     """An explosion in block 1 and a decay in block 4, with the tokens' own names."""
+    from shared import planted
+
     from sd_lens.findings import analyse
-    from sd_lens.models.planted import planted
 
     tokens = torch.stack([torch.arange(start, start + 24) for start in (0, 30, 60)])
     return analyse(planted().model, tokens, progress=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from shared import planted
 
 from sd_lens.anatomy import NOTHING
 from sd_lens.interventions.causality import causality
 from sd_lens.interventions.consequences import consequences
 from sd_lens.interventions.subspace import ExplosionSubspace
-from sd_lens.models.planted import planted
 
 FEW = {"sides": ["trigger"], "where": ["initial"], "mean": False, "controls": 0, "progress": False}
 

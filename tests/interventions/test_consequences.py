@@ -10,13 +10,13 @@ import pytest
 import torch
 import zoo
 from recording import record, same_state, state
+from shared import planted
 from streams import ragged
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sd_lens.interventions.consequences import consequences
 from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.models.loading import load, weights_of
-from sd_lens.models.planted import planted
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.prompts import BUILT_IN_PROMPTS
 from sd_lens.tracing.sinks import sink_attention

@@ -6,13 +6,13 @@ import pytest
 import torch
 import zoo
 from recording import same_state, state
+from shared import planted
 from streams import ragged
 
 from sd_lens.interventions.consequences import consequences
 from sd_lens.interventions.generation import BEGINNINGS, beginnings, continuations
 from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.models.loading import load
-from sd_lens.models.planted import planted
 
 FAMILIES = [name for name in ("qwen2", "gpt2", "hooked_qwen2", "hooked_gpt2") if name in zoo.FAMILIES]
 

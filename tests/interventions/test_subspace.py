@@ -11,13 +11,13 @@ import torch
 import zoo
 from recording import relative_error
 from safetensors.torch import load_file, save_file
+from shared import planted
 from tokenizer import with_tokenizer
 
 from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.linear.linearize import linearize
 from sd_lens.linear.spectra import SingularTriplets, leading_singular
 from sd_lens.models.loading import load, weights_of
-from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 

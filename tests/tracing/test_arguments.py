@@ -1,8 +1,8 @@
 import re
 
 import pytest
+from shared import planted
 
-from sd_lens.models.planted import planted
 from sd_lens.tracing.arguments import require_block, require_blocks
 from sd_lens.tracing.delimiters import token_pathways
 from sd_lens.tracing.pathways import scan_vocabulary

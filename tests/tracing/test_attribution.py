@@ -7,11 +7,11 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import planted
 from streams import ragged
 
 from sd_lens.linear.trigger import trigger_direction
 from sd_lens.models.loading import weights_of
-from sd_lens.models.planted import planted
 from sd_lens.models.weights import MoEWeights
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
 from sd_lens.tracing.defects import find_defects

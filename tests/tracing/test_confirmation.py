@@ -2,10 +2,10 @@ import pytest
 import torch
 import zoo
 from recording import same_state, state
+from shared import planted
 from tokenizer import with_tokenizer
 
 from sd_lens.models.loading import load
-from sd_lens.models.planted import planted
 from sd_lens.tracing.confirmation import PREFIX, confirm_in_context
 from sd_lens.tracing.pathways import scan_vocabulary
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 import zoo
 from recording import record, same_state, state
+from shared import planted
 from streams import norms_alone, points, ragged
 from tokenizer import tiny_tokenizer, with_tokenizer
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import sd_lens
-from sd_lens.models.planted import planted
 from sd_lens.tracing.delimiters import token_pathways
 from sd_lens.tracing.pathways import scan_vocabulary
 

@@ -3,11 +3,11 @@ import re
 import pytest
 import torch
 import zoo
+from shared import planted
 from streams import norms_alone, points, ragged, worst
 from tokenizer import with_tokenizer
 
 from sd_lens.models.hook_names import residual_points
-from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.trace import NormTrace

@@ -5,10 +5,10 @@ import pytest
 import torch
 import zoo
 from recording import same_state, state
+from shared import planted
 from streams import norms_alone, ragged, worst
 from tokenizer import tiny_tokenizer, with_tokenizer
 
-from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.monitor import NormMonitor
 from sd_lens.tracing.norms import trace_norms

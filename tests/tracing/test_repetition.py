@@ -2,10 +2,10 @@ import pytest
 import torch
 import zoo
 from recording import same_state, state
+from shared import planted
 from streams import streams_alone, worst
 from tokenizer import tiny_tokenizer, with_tokenizer
 
-from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.prompts import default_prompts

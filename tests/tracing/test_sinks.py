@@ -2,10 +2,10 @@ import pytest
 import torch
 import zoo
 from recording import same_state, state
+from shared import planted
 from streams import norms_alone, points, ragged
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from sd_lens.models.planted import planted
 from sd_lens.tracing.sinks import sink_attention
 from sd_lens.tracing.source import source_of
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import zoo
+from shared import planted
 from streams import ragged
 
 from sd_lens.models import hook_names
-from sd_lens.models.planted import planted
 from sd_lens.tracing.attribution import attribute_norm, attribute_trigger
 from sd_lens.tracing.census import massive_activations
 from sd_lens.tracing.delimiters import token_pathways

@@ -1,9 +1,9 @@
 import pytest
 import torch
 import zoo
+from shared import planted
 from streams import ragged
 
-from sd_lens.models.planted import planted
 from sd_lens.tracing.defects import find_defects
 from sd_lens.tracing.norms import trace_norms
 from sd_lens.tracing.sublayers import SublayerShare, attribute_sublayers
