@@ -25,7 +25,8 @@ from benchmarks.machine import machine
 from sd_lens.models.files import write_text
 from sd_lens.models.loading import TINY, load
 from sd_lens.propagation.collapse import collapse_curve, default_lengths
-from sd_lens.propagation.curve import CollapseCurve, critical_length
+from sd_lens.propagation.critical import critical_length
+from sd_lens.propagation.curve import CollapseCurve
 from sd_lens.propagation.mitigations import mitigations
 from sd_lens.propagation.probes import probe
 

@@ -57,10 +57,10 @@ def edits_of(model: Any) -> dict[str, Intervention]:
 
 def _distances(model: Any, name: str, edit: Intervention | None) -> tuple[Tensor, float]:
     curve = collapse_curve(model, name, LENGTHS, metrics="relative", dtypes="float32", intervention=edit, progress=False)
-    return curve.values["float32", "final", "relative"].mean((0, 2)), curve.decay().exponent
+    return curve.values["float32", "final", "relative"].mean((0, 2)), curve.decay(start=LENGTHS[0]).exponent
 
 
-def _beside(value: float, controls: Iterable[float], digits: str = ".2g") -> str:
+def _beside(value: float, controls: Iterable[float], digits: str = ".3g") -> str:
     low, high = min(kept := list(controls)), max(kept)
     mark = "" if low <= value <= high else "*"
     return f"{value:{digits}}{mark} ({low:{digits}} to {high:{digits}})"
@@ -75,7 +75,7 @@ def collapse_table(models: Sequence[Any], controls: int) -> str:
     for model in models:
         for name in PROBES:
             values, exponent = _distances(model, name, None)
-            cells = [f"{value:.2g}" for value in values.tolist()]
+            cells = [f"{value:.3g}" for value in values.tolist()]
             lines.append(f"| {model.cfg.model_name} | {name} | nothing | {' | '.join(cells)} | {exponent:.2f} |")
             for title, edit in edits_of(model).items():
                 values, exponent = _distances(model, name, edit)
