@@ -46,9 +46,11 @@ from sd_lens.propagation.collapse import collapse_curve
 from sd_lens.propagation.consequences import PropagationConsequences, propagation_consequences
 from sd_lens.propagation.count_collapse import CountingCollapse, counting_collapse
 from sd_lens.propagation.counting import CountingGap, RatioBlindness, counting_gap, ratio_blindness
-from sd_lens.propagation.curve import CollapseCurve, CriticalLength, critical_length
+from sd_lens.propagation.critical import CriticalLength, critical_length
+from sd_lens.propagation.curve import CollapseCurve
 from sd_lens.propagation.decay import DecayFit
 from sd_lens.propagation.mitigations import Mitigations, mitigations
+from sd_lens.propagation.overview import Propagation, propagation_overview
 from sd_lens.propagation.paths import PathWeights, lazy_walk, path_weights
 from sd_lens.propagation.probes import MergedTokensWarning, Probe, probe
 from sd_lens.propagation.sensitivity import sensitivity
@@ -132,6 +134,7 @@ __all__ = [
     "Planted",
     "PostScales",
     "Probe",
+    "Propagation",
     "PropagationConsequences",
     "QuantizationStudy",
     "RatioBlindness",
@@ -192,6 +195,7 @@ __all__ = [
     "probe",
     "probe_singular_vectors",
     "propagation_consequences",
+    "propagation_overview",
     "quantization_study",
     "ratio_blindness",
     "repeated_tokens",

@@ -19,7 +19,8 @@ from sd_lens.models.loading import weights_of
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import Prompts
 from sd_lens.pathways import Pathways, pathways
-from sd_lens.propagation.overview import Propagation, propagation
+from sd_lens.propagation.overview import Propagation
+from sd_lens.propagation.overview import propagation_overview as propagation
 from sd_lens.spectrum import entering_norms
 from sd_lens.tracing.defects import Defects, find_defects
 from sd_lens.tracing.source import Source, source_of

@@ -7,11 +7,12 @@ import os
 import sys
 
 import pytest
+import torch
 
 from sd_lens import cli
 from sd_lens.cli.collapsing import _held, _lengths
 from sd_lens.propagation import overview
-from sd_lens.propagation.overview import propagation
+from sd_lens.propagation.overview import propagation_overview
 from sd_lens.wording import propagated
 
 TEXT = "The cat sat."
@@ -36,10 +37,10 @@ def test_what_it_writes_is_the_apis_result(run, monkeypatch, tmp_path):
     calls = []
 
     def seen(model, text, **options):
-        calls.append((text, options, propagation(model, text, **options)))
+        calls.append((text, options, propagation_overview(model, text, **options)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(overview, "propagation", seen)
+    monkeypatch.setattr(overview, "propagation_overview", seen)
     words = (
         "--text",
         TEXT,
@@ -54,24 +55,41 @@ def test_what_it_writes_is_the_apis_result(run, monkeypatch, tmp_path):
         "--metric",
         "kl",
     )
-    more = ("--dtype", "float32", "--layer", "1", "--layer", "final", "--separator-every", "2", "--mitigations", "--answers")
+    more = (
+        "--dtype",
+        "float32",
+        "--layer",
+        "1",
+        "--layer",
+        "final",
+        "--separator-every",
+        "2",
+        "--mitigations",
+        "--answers",
+        "--no-bos",
+    )
     code, out, err = run("tiny", *words, *more, "--json", "collapse.json", "--out", "page.html")
     assert (code, err) == (0, "")
     [(text, options, found)] = calls
     assert (text, options["probe"], options["lengths"], options["layers"]) == (TEXT, "copy-first", [4, 1], [1, "final"])
     assert (options["metrics"], options["dtypes"], options["separators"]) == (["l2", "kl"], ["float32"], (2,))
-    assert (options["without_explosion"], options["answers"], options["exact"]) == (False, True, None)
+    assert (options["without_explosion"], options["answers"], options["exact"], options["prepend_bos"]) == (
+        False,
+        True,
+        None,
+        False,
+    )
     record = json.loads((tmp_path / "collapse.json").read_text())
     assert (record["schema"], record["model"], record["d_model"], record["n_blocks"]) == ("sd_lens.collapse/1", "tiny", 128, 6)
     assert record["rows"] == found.curve.rows()
     assert {(row["layer"], row["metric"]) for row in record["rows"]} == {(1, "l2"), ("final", "l2"), ("logits", "kl")}
     assert record["probe"] == found.curve.probe
-    assert (record["probe"]["separator_every"], record["probe"]["contrast"]) == (2, "changed")
+    assert (record["probe"]["separator_every"], record["probe"]["contrast"], record["probe"]["before"]) == (2, "changed", [])
     assert found.mitigations is not None
     assert [row["longest"] for row in record["mitigations"]["rows"]] == [row["longest"] for row in found.mitigations.rows()]
-    assert record["answers"]["candidates"] == [0, 1]
+    assert record["answers"]["candidates"] == {"n": 2, "smallest": 0, "largest": 1}
     assert record["without_explosion"] is None
-    assert [row["token"] for row in record["sensitivity"]["rows"]][1:3] == ["The", " c"]
+    assert [row["token"] for row in record["sensitivity"]["rows"]][:2] == ["The", " c"]
     for sentence in propagated(found):
         assert sentence in out
     row = next(line for line in out.splitlines() if line.split()[:1] == ["4"])
@@ -123,6 +141,23 @@ def test_refused_in_one_line(run, tmp_path, words, needle):
     assert os.listdir(tmp_path) == []
 
 
+def test_of_the_default_precisions_what_the_machine_cannot_run_is_left_out(run, monkeypatch, tmp_path):
+    from sd_lens.models import precision
+
+    def only_float32(dtype, device, real=precision._try):
+        if dtype != torch.float32:
+            raise RuntimeError("no such kernel")
+        real(dtype, device)
+
+    monkeypatch.setattr(precision, "_try", only_float32)
+    code, out, err = run("--text", TEXT, "--lengths", "4", "--json", "collapse.json")
+    assert (code, err) == (0, "")
+    assert "(bfloat16 was left out: dtypes: got bfloat16, which cpu cannot run (no such kernel)" in out
+    record = json.loads((tmp_path / "collapse.json").read_text())
+    assert {row["dtype"] for row in record["rows"]} == {"float32"}
+    assert record["notes"][0].startswith("bfloat16 was left out")
+
+
 def test_a_precision_that_the_machine_cannot_run_is_refused(run, monkeypatch, tmp_path):
     from sd_lens.models import precision
 
@@ -140,7 +175,8 @@ def test_lengths_and_the_precision_that_weights_are_held_in():
     assert _lengths(None, None) is None
     assert _lengths("8, 2", None) == [8, 2]
     assert _lengths(None, 21) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 21]
-    assert [_held(types) for types in (["bfloat16"], ["bfloat16", "float16"], ["float64", "float32"])] == [
+    assert [_held(types) for types in ([], ["bfloat16"], ["bfloat16", "float16"], ["float64", "float32"])] == [
+        "float32",
         "bfloat16",
         "float32",
         "float64",

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
+from shared import planted
 
 from sd_lens.findings import analyse
-from sd_lens.models.planted import planted
+from sd_lens.wording import propagated
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def test_an_explosion_at_the_first_position(initial):
     assert more[1].endswith(" is written by embedding (100%).")
     assert more[2].startswith("Token ids that explode by themselves: 97 of 97 alone at position 0, 0 of 97 without attention, ")
     removal = initial.causality.sentences()
-    assert tuple(more[-2:]) == removal
+    said = propagated(initial.propagation)
+    assert tuple(more[-len(said) :]) == said
+    assert tuple(more[-len(said) - 2 : -len(said)]) == removal
     assert removal[0].startswith("With the explosion subspace of block 1 (rank 2, both sides) ablated at the initial tokens")
     assert initial.causality.response.block == 1
 
@@ -49,8 +52,14 @@ def test_a_check_that_fails_leaves_the_subspace_in_place(monkeypatch):
         rows = [replace(row, passed=False, detail="never run: it") if row.check == "FFN input" else row for row in checked.rows]
         return replace(checked, rows=tuple(rows))
 
+    def no_room(*_, **__):
+        raise ValueError("no room")
+
     monkeypatch.setattr(findings, "check", not_edited)
-    found = findings.analyse(planted().model, torch.arange(20).reshape(1, 20), progress=False).causality
+    monkeypatch.setattr(findings, "propagation", no_room)
+    everything = findings.analyse(planted().model, torch.arange(20).reshape(1, 20), progress=False)
+    assert (everything.propagation, everything.no_propagation_because) == (None, "no room")
+    found = everything.causality
     assert (found.consequences, found.response) == (None, None)
     assert set(found.missing.values()) == {"FFN input: never run: it"}
 

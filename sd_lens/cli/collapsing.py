@@ -35,8 +35,8 @@ def collapse(
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            help="A precision to run the model in: float32, bfloat16, float16 or float64; may be given several times; default: float32 and bfloat16. "
-            "One alone is also what the weights are converted to."
+            help="A precision to run the model in: float32, bfloat16, float16 or float64; may be given several times; default: float32 and bfloat16, "
+            "as far as the machine can run them. One alone is also what the weights are converted to."
         ),
     ] = None,
     layer: Annotated[
@@ -79,11 +79,15 @@ def collapse(
             "--exact/--estimate", help="Exact sensitivities, or estimates; default: exact in models of a width up to 256."
         ),
     ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Whether BOS stands before the text and the probe; default: the model's convention."),
+    ] = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "cpu",
 ) -> None:
     """When two inputs become one to a model (representational collapse), and which tokens the last one still feels (over-squashing)."""
-    from sd_lens.propagation.overview import propagation
+    from sd_lens.propagation.overview import propagation_overview
     from sd_lens.propagation.pair_distances import METRICS
     from sd_lens.propagation.probes import PROBES
     from sd_lens.wording import propagated
@@ -99,8 +103,7 @@ def collapse(
         for one in given:
             if one not in allowed:
                 raise BadInput(f"{option}: got {one!r}; allowed: {', '.join(allowed)}")
-    precisions = dtype or ["float32", "bfloat16"]
-    for one in precisions:
+    for one in dtype or ():
         require_dtype(one)
     places = [_layer(one) for one in layer] if layer else "final"
     asked = _lengths(lengths, up_to)
@@ -112,8 +115,8 @@ def collapse(
         "word": word,
     }
     options |= {"level": "text" if text_level else "tokens", "p": p, "seed": seed, "samples": samples}
-    loaded = boot(model, device, _held(precisions))
-    found = propagation(
+    loaded = boot(model, device, _held(dtype or []))
+    found = propagation_overview(
         loaded,
         text,
         probe=probe,
@@ -121,11 +124,12 @@ def collapse(
         lengths=asked,
         layers=places,
         metrics=metric or ("linf_heads", "linf"),
-        dtypes=precisions,
+        dtypes=dtype or None,
         separators=(separator_every or 3,) if mitigations else (),
         without_explosion=without_explosion,
         answers=answers,
         exact=exact,
+        prepend_bos=bos,
         batch_tokens=batch_tokens,
     )
     for sentence in propagated(found):

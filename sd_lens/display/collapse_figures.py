@@ -12,7 +12,8 @@ from sd_lens.display.collapse_words import DTYPE_COLOURS, layer_name, metric_axi
 from sd_lens.display.length_lines import Drawn, length_axis, over_lengths, spread_of
 from sd_lens.display.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, VERMILLION, frame, say_instead
 from sd_lens.models.precision import PRECISIONS
-from sd_lens.propagation.curve import CollapseCurve, critical_length
+from sd_lens.propagation.critical import critical_length
+from sd_lens.propagation.curve import CollapseCurve
 from sd_lens.propagation.mitigations import Mitigations, Setting
 from sd_lens.propagation.pair_distances import ABSOLUTE
 

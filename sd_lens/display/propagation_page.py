@@ -28,7 +28,7 @@ def render_propagation(found: Propagation) -> str:
     """Information propagation as one HTML page; only what was looked at.
 
     Args:
-        found: From `sd_lens.propagation.overview.propagation`.
+        found: From `sd_lens.propagation.overview.propagation_overview`.
     """
     curve = found.curve
     facts = [
@@ -92,7 +92,8 @@ def _bound(found: Propagation) -> Markup | None:
         return None
     text = (
         "How much of each input token can still reach the last one by the over-squashing theorem, walking back through the blocks from the last "
-        "(below) to the first (above), with constants measured on this text. The bound's own limit is its first column."
+        "(below) to the first (above), with constants of norms, heads and FFNs measured on this text. It holds with the attention patterns "
+        "kept as they are: that attention looks elsewhere when a token changes is not bounded. The bound's own limit is its first column."
     )
     columns = {
         "block": "block",

@@ -19,7 +19,7 @@ def collapse_record(found: Propagation) -> Record:
     """All of it; null where something was not asked for or cannot be had, with the reason under ``missing``.
 
     Args:
-        found: From `sd_lens.propagation.overview.propagation`.
+        found: From `sd_lens.propagation.overview.propagation_overview`.
     """
     ablated, helped, answers = found.consequences, found.mitigations, found.answers
     return header("collapse", found.model_name, found.d_model, found.n_blocks) | {
@@ -50,7 +50,7 @@ def collapse_record(found: Propagation) -> Record:
         if answers is None
         else {
             "by": answers.by,
-            "candidates": list(answers.candidates),
+            "candidates": _candidates(answers.candidates),
             "rows": _rows(answers.to_dataframe()),
             "summary": _rows(answers.summary()),
         },
@@ -62,11 +62,11 @@ def curve_record(found: Propagation) -> Record:
     """The collapse curve and its critical lengths, those of its first layer by precision.
 
     Args:
-        found: From `sd_lens.propagation.overview.propagation`.
+        found: From `sd_lens.propagation.overview.propagation_overview`.
     """
     curve, critical = found.curve, found.critical_lengths
     first = {
-        one.dtype: {"below_epsilon": one.below_epsilon, "equal": one.equal}
+        one.dtype: {"layer": one.layer, "metric": one.metric, "below_epsilon": one.below_epsilon, "equal": one.equal}
         for one in reversed(critical)
         if one.measured == one.dtype
     }
@@ -95,7 +95,7 @@ def bound_record(found: Propagation) -> Record | None:
     """The over-squashing bound: constants of the blocks, its shares at full depth, and how well it orders tokens.
 
     Args:
-        found: From `sd_lens.propagation.overview.propagation`.
+        found: From `sd_lens.propagation.overview.propagation_overview`.
     """
     bound = found.bound
     if bound is None:
@@ -109,6 +109,11 @@ def bound_record(found: Propagation) -> Record | None:
         "first_column": [plain(share) for share in bound.shares[:, 0].tolist()],
         "rank_correlation": {which: plain(value) for which, value in found.correlation.items()},
     }
+
+
+def _candidates(numbers: tuple[int, ...]) -> Record | None:
+    """How many, and from where to where; None where text was generated."""
+    return {"n": len(numbers), "smallest": numbers[0], "largest": numbers[-1]} if numbers else None
 
 
 def _whole_depth(bound: SquashingBound) -> list[Record]:

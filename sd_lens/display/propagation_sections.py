@@ -25,7 +25,7 @@ def collapse_section(found: Propagation, *, every: bool = False) -> Markup:
     """Distances over the length, and critical lengths.
 
     Args:
-        found: From `sd_lens.propagation.overview.propagation`.
+        found: From `sd_lens.propagation.overview.propagation_overview`.
         every: Whether to draw every metric, and not the first alone.
 
     Returns:
@@ -47,7 +47,7 @@ def sensitivity_section(found: Propagation) -> Markup:
     """What the last token feels of every token, or why that is not known.
 
     Args:
-        found: From `sd_lens.propagation.overview.propagation`.
+        found: From `sd_lens.propagation.overview.propagation_overview`.
 
     Returns:
         A fragment for a page.

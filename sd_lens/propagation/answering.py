@@ -52,7 +52,8 @@ def answer_probes(
         lengths: Numbers of content elements.
         by: ``"logits"`` or ``"generation"``.
         candidates: Numbers, or a dictionary of numbers and the ids that say them. Default: the two digits where one is to be copied, else the
-            numbers from 0 to a tenth (at least 5) above the largest right one. By logits only.
+            numbers from 0 to a tenth (at least 5) above the largest right one; where these go beyond 64, all up to 64 and of the rest those up to
+            5 away from a right answer, half and double of each, powers of 2 and of 10, and the last. By logits only.
         max_new_tokens: How many tokens are generated at most. By generation only.
         progress: Whether to show a progress bar.
 

@@ -23,6 +23,11 @@ from sd_lens.propagation.symbols import Ids, encode_after, has_tokenizer, requir
 Candidates = Sequence[int] | Mapping[int, int | Ids]
 """Numbers, written by the tokenizer; or each with the token, or tokens, that say it."""
 
+SMALL = 64
+"""All numbers up to this one are candidates by default."""
+NEAR = 5
+"""Beyond, those are that are no further than this from a right answer, besides round ones."""
+
 
 @dataclass
 class Node:
@@ -70,14 +75,14 @@ def candidate_tree(model: TransformerLensModel, probe: Probe, candidates: Candid
     Args:
         model: A TransformerLens model.
         probe: The probe asked.
-        candidates: The candidates; None for the two digits, or for the numbers from 0 to a tenth (at least 5) above the largest expected one.
+        candidates: The candidates; None for the two digits, or for numbers as `answer_probes` says.
         expected: The right answers.
 
     Raises:
         ValueError: A candidate is negative, cannot be written with the vocabulary or is written as another is; a right answer is missing; or
             numbers are to be written for a model without tokenizer.
     """
-    spelled = _spellings(model, probe, candidates, max(expected))
+    spelled = _spellings(model, probe, candidates, expected)
     missing = sorted(set(expected) - set(spelled))
     if missing:
         raise ValueError(
@@ -97,7 +102,9 @@ def candidate_tree(model: TransformerLensModel, probe: Probe, candidates: Candid
     return root
 
 
-def _spellings(model: Any, probe: Probe, candidates: Candidates | None, largest: int) -> dict[int, list[tuple[int, ...]]]:
+def _spellings(
+    model: Any, probe: Probe, candidates: Candidates | None, expected: Sequence[int]
+) -> dict[int, list[tuple[int, ...]]]:
     if isinstance(candidates, Mapping):
         return {
             answer: [require_ids(model, "candidates", [ids] if isinstance(ids, int) else ids)] for answer, ids in candidates.items()
@@ -108,12 +115,24 @@ def _spellings(model: Any, probe: Probe, candidates: Candidates | None, largest:
         raise ValueError(
             "candidates: got no token ids for a model without tokenizer; allowed: a dictionary of numbers and the ids that say them"
         )
-    numbers = range(largest + max(5, largest // 10) + 1) if candidates is None else candidates
+    numbers = _default_numbers(expected) if candidates is None else candidates
     spelled = {number: _written(model, str(number)) for number in numbers if number >= 0}
     wrong = [number for number in numbers if not spelled.get(number)]
     if wrong:
         raise ValueError(f"candidates: got {wrong[0]}; allowed: numbers from 0 on that the vocabulary can write")
     return spelled
+
+
+def _default_numbers(expected: Sequence[int]) -> list[int]:
+    """All small numbers, and of larger ones those that a model is likely to say: every further candidate costs passes."""
+    largest = max(expected)
+    most = largest + max(NEAR, largest // 10)
+    numbers = set(range(min(most, SMALL) + 1))
+    if most > SMALL:
+        numbers |= {10**power for power in range(len(str(most)))} | {2**power for power in range(most.bit_length())}
+        for right in set(expected):
+            numbers |= {*range(right - NEAR, right + NEAR + 1), right // 2, 2 * right, most}
+    return sorted(number for number in numbers if 0 <= number <= most)
 
 
 def _digit(model: Any, probe: Probe, digit: int) -> list[tuple[int, ...]]:

@@ -16,6 +16,7 @@ from sd_lens.models.loading import require_usable
 from sd_lens.models.precision import dtype_name, require_runnable, running_in
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.windows import sliding_window
+from sd_lens.propagation.arguments import require_intervention
 from sd_lens.propagation.curve import LAYER, CollapseCurve, Line
 from sd_lens.propagation.pair_distances import ABSOLUTE, PREDICTIONS, distance, require_metrics
 from sd_lens.propagation.probes import Probe, require_lengths
@@ -84,9 +85,7 @@ def collapse_curve(
     places = _require_layers(model, layers)
     types = require_runnable(model, [dtypes] if isinstance(dtypes, str | torch.dtype) else list(dtypes))
     require_whole("batch_tokens", batch_tokens, 1)
-    if intervention is not None and (not isinstance(intervention, Intervention) or intervention.model is not model):
-        got = "one of another model" if isinstance(intervention, Intervention) else type(intervention).__name__
-        raise ValueError(f"intervention: got {got}; allowed: an Intervention of the same model, or None")
+    require_intervention(model, intervention)
     if isinstance(probe, str):
         probe = make_probe(model, probe)
     elif not isinstance(probe, Probe):

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sd_lens.models.precision import PRECISIONS
+from sd_lens.propagation.arguments import chosen, whole_numbers
 from sd_lens.propagation.decay import DecayFit, fit_decay
 from sd_lens.propagation.positions import POSITIONS, Positions
 from sd_lens.propagation.random_transformer import KeyValues, RandomTransformer, digit_ids, largest_difference
-from sd_lens.propagation.theory_arguments import DTYPES, chosen, whole_numbers
 from sd_lens.tracing.arguments import require_whole
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def counting_collapse(
         64
     """
     used = whole_numbers("counts", counts, 1)
-    kinds, precisions = chosen("positions", positions, tuple(POSITIONS)), chosen("dtypes", dtypes, DTYPES)
+    kinds, precisions = chosen("positions", positions, tuple(POSITIONS)), chosen("dtypes", dtypes, tuple(PRECISIONS.values()))
     require_whole("seeds", seeds, 1)
     digit_ids("end", end)
     needed = sorted({*used, *(count + 1 for count in used)})

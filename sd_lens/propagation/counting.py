@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
+from sd_lens.propagation.arguments import chosen, whole_numbers
 from sd_lens.propagation.positions import POSITIONS, Positions
 from sd_lens.propagation.random_transformer import RandomTransformer, digit_ids, largest_difference
-from sd_lens.propagation.theory_arguments import chosen, whole_numbers
 from sd_lens.tracing.arguments import require_whole
 
 if TYPE_CHECKING:

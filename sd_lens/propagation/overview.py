@@ -14,9 +14,10 @@ from sd_lens.anatomy import attempt
 from sd_lens.models.loading import require_usable
 from sd_lens.models.precision import dtype_name, require_runnable
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.tokens import Prompts, tokenize
+from sd_lens.models.tokens import Prompts
 from sd_lens.propagation.answering import answer_probes
 from sd_lens.propagation.answers import Answers
+from sd_lens.propagation.arguments import one_prompt
 from sd_lens.propagation.collapse import FINAL, collapse_curve
 from sd_lens.propagation.consequences import propagation_consequences
 from sd_lens.propagation.curve import LAYER
@@ -31,7 +32,7 @@ from sd_lens.propagation.symbols import has_tokenizer
 from sd_lens.tracing.arguments import require_whole
 from sd_lens.tracing.prompts import default_prompts
 
-__all__ = ["FEW", "TEXT", "Propagation", "propagation"]
+__all__ = ["FEW", "TEXT", "Propagation", "propagation_overview"]
 
 TEXT = "Once upon a time there was a boat. It went out."
 """What sensitivity is measured on where the caller gives no prompt."""
@@ -44,7 +45,7 @@ ANSWER_ROOM = 8
 _DTYPES = ("float32", "bfloat16")
 
 
-def propagation(
+def propagation_overview(
     model: TransformerLensModel,
     prompt: Prompts | None = None,
     *,
@@ -78,7 +79,7 @@ def propagation(
         without_explosion: Whether to repeat all without the explosion subspace, see `propagation_consequences`.
         answers: Whether to ask the model for the probe's answer, see `answer_probes`.
         exact: Whether sensitivities are exact or estimated; None for exact up to a width of 256.
-        prepend_bos: Passed to the tokenisation of strings; None is the model's default.
+        prepend_bos: Whether a BOS stands before a prompt given as text and before the probe; None is the model's default.
         batch_tokens: Largest number of tokens run at once where nothing is shared.
         progress: Whether to show progress bars.
 
@@ -90,7 +91,7 @@ def propagation(
 
     Example:
         >>> from sd_lens.models.loading import load
-        >>> found = propagation(load("tiny"), "The cat sat on the mat.", lengths=[1, 16])
+        >>> found = propagation_overview(load("tiny"), "The cat sat on the mat.", lengths=[1, 16])
         >>> [str(critical) for critical in found.critical_lengths][1]
         'bfloat16: below 0.00781 from length none, equal to the bit at none (up to 16)'
     """
@@ -99,8 +100,12 @@ def propagation(
         require_whole("separators", number, 1)
     notes: list[str] = []
     missing: dict[str, str] = {}
-    ids = _one_prompt(model, prompt, prepend_bos)
-    options = dict(probe_options or {})
+    if isinstance(lengths, str) and lengths != "few":
+        raise ValueError(f"lengths: got {lengths!r}; allowed: 'few', whole numbers from 1, or None")
+    if prompt is None:
+        prompt = TEXT if has_tokenizer(model) else default_prompts(model)[:1]
+    ids = one_prompt(model, prompt, prepend_bos=prepend_bos)
+    options = {"prepend_bos": prepend_bos, **(probe_options or {})}
     if probe is None and options.get("symbols") is None:
         options |= _own_symbols(model, ids, notes)
     name = probe or "repeat-last"
@@ -176,15 +181,6 @@ def propagation(
         missing=missing,
         notes=tuple(notes),
     )
-
-
-def _one_prompt(model: TransformerLensModel, prompt: Prompts | None, prepend_bos: bool | None) -> Int[Tensor, "pos"]:
-    if prompt is None:
-        prompt = TEXT if has_tokenizer(model) else default_prompts(model)[:1]
-    sequences = tokenize(model, prompt, prepend_bos=prepend_bos)
-    if len(sequences) != 1:
-        raise ValueError(f"prompt: got {len(sequences)}; allowed: one")
-    return sequences[0]
 
 
 def _own_symbols(model: TransformerLensModel, ids: Int[Tensor, "pos"], notes: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How information gets to the last token of a model: what `propagation` found."""
+"""How information gets to the last token of a model: what `propagation_overview` found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from sd_lens.models.precision import PRECISIONS
 from sd_lens.propagation.answers import Answers
 from sd_lens.propagation.consequences import PropagationConsequences
-from sd_lens.propagation.curve import CollapseCurve, CriticalLength, critical_length
+from sd_lens.propagation.critical import CriticalLength, critical_length
+from sd_lens.propagation.curve import CollapseCurve
 from sd_lens.propagation.mitigations import Mitigations
 from sd_lens.propagation.pair_distances import ABSOLUTE
 from sd_lens.propagation.sensitivity_result import Sensitivity

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sd_lens.propagation.arguments import require_position
 from sd_lens.tracing.arguments import require_whole
 
 
@@ -122,18 +123,3 @@ def lazy_walk(attention: Float[Tensor, "pos pos"], steps: int) -> Float[Tensor, 
         raise ValueError("attention: got weight above the diagonal; allowed: a causal pattern, lower-triangular")
     half = 0.5 * (matrix / sums.unsqueeze(-1) + torch.eye(shape[0], dtype=torch.float64, device=matrix.device))
     return torch.linalg.matrix_power(half, steps)
-
-
-def require_position(position: int, n: int) -> int:
-    """A position counted from the start.
-
-    Args:
-        position: Position, negative from the end.
-        n: How many there are.
-
-    Raises:
-        ValueError: There is no such position.
-    """
-    if not isinstance(position, int) or isinstance(position, bool) or not -n <= position < n:
-        raise ValueError(f"position: got {position!r}; allowed: {-n} to {n - 1}")
-    return position % n

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.tokens import decode_each
 from sd_lens.propagation.families import DIGITS, PROBES, SYMBOLS, Probe
+from sd_lens.propagation.lengths import require_lengths
 from sd_lens.propagation.symbols import (
     Ids,
     beginning,
@@ -20,6 +21,7 @@ from sd_lens.propagation.symbols import (
     require_tokenizer,
 )
 from sd_lens.propagation.templates import TEMPLATES
+from sd_lens.tracing.arguments import require_seed, require_whole
 
 __all__ = ["DIGITS", "PROBES", "TEMPLATES", "MergedTokensWarning", "Probe", "probe", "require_lengths"]
 
@@ -102,7 +104,7 @@ def probe(
         7
     """
     require_usable(model)
-    _require_options(name, contrast, level, separator_every, p)
+    _require_options(name, contrast, level, separator_every, p, seed)
     n_samples = _require_samples(name, samples)
     if template:
         if before is not None or after is not None:
@@ -133,40 +135,7 @@ def probe(
     )
 
 
-def require_lengths(model: TransformerLensModel, probe: Probe, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Lengths in order and each once, if the pairs of all of them fit into the model's context.
-
-    Args:
-        model: A TransformerLens model.
-        probe: A probe of its vocabulary.
-        lengths: Numbers of content elements.
-
-    Raises:
-        ValueError: There is no length, one is below 1, or a sequence is longer than the model's context.
-
-    Example:
-        >>> from sd_lens.models.loading import load
-        >>> model = load("tiny")
-        >>> require_lengths(model, probe(model), [16, 4, 8, 4])
-        (4, 8, 16)
-    """
-    wrong = [length for length in lengths if isinstance(length, bool) or not isinstance(length, int) or length < 1]
-    if wrong or not lengths:
-        raise ValueError(
-            f"lengths: got {wrong[0] if wrong else 'none'}; allowed: at least one whole number of elements, each at least 1"
-        )
-    ordered = tuple(sorted(set(lengths)))
-    context = getattr(model.cfg, "n_ctx", None)
-    longest = probe.longest(ordered)
-    if context and longest > context:
-        raise ValueError(
-            f"lengths: got {ordered[-1]}, whose longest sequence has {longest} tokens; allowed: sequences of at most {context} tokens, "
-            "the model's context"
-        )
-    return ordered
-
-
-def _require_options(name: str, contrast: str, level: str, separator_every: int | None, p: float) -> None:
+def _require_options(name: str, contrast: str, level: str, separator_every: int | None, p: float, seed: int) -> None:
     if name not in PROBES:
         raise ValueError(f"name: got {name!r}; allowed: {', '.join(map(repr, PROBES))}")
     if contrast not in ("repeated", "changed"):
@@ -177,17 +146,17 @@ def _require_options(name: str, contrast: str, level: str, separator_every: int 
         )
     if level not in ("tokens", "text"):
         raise ValueError(f"level: got {level!r}; allowed: 'tokens', 'text'")
-    if separator_every is not None and separator_every < 1:
-        raise ValueError(f"separator_every: got {separator_every}; allowed: None, or at least 1")
-    if not 0 < p < 1:
-        raise ValueError(f"p: got {p}; allowed: between 0 and 1, both excluded")
+    if separator_every is not None:
+        require_whole("separator_every", separator_every, 1)
+    if not isinstance(p, int | float) or not 0 < p < 1:
+        raise ValueError(f"p: got {p!r}; allowed: between 0 and 1, both excluded")
+    require_seed(seed)
 
 
 def _require_samples(name: str, samples: int | None) -> int:
     if samples is None:
         return SAMPLES if name == "bernoulli" else 1
-    if samples < 1:
-        raise ValueError(f"samples: got {samples}; allowed: at least 1")
+    require_whole("samples", samples, 1)
     if samples > 1 and name != "bernoulli":
         raise ValueError(f"samples: got {samples} with {name!r}, which has one pair per length; allowed: 1, or 'bernoulli'")
     return samples

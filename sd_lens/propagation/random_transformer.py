@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sd_lens.models.precision import PRECISIONS
+from sd_lens.propagation.arguments import chosen, require_heads
 from sd_lens.propagation.positions import POSITIONS, Positions, placed_pattern, rotate, sinusoids
-from sd_lens.propagation.theory_arguments import DTYPES, chosen, require_heads
 from sd_lens.tracing.arguments import require_seed, require_whole
 
 _DIGITS = 10
@@ -75,7 +76,7 @@ class RandomTransformer:
             ValueError: An argument is none of those.
         """
         chosen("positions", [positions], tuple(POSITIONS))
-        chosen("dtype", [dtype], DTYPES)
+        chosen("dtype", [dtype], tuple(PRECISIONS.values()))
         require_whole("n_layers", n_layers, 1)
         require_heads(n_heads, d_model)
         require_seed(seed)

@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sd_lens.interventions.intervention import Intervention
 from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
-from sd_lens.models.tokens import Prompts, decode_each, tokenize
+from sd_lens.models.tokens import Prompts, decode_each
+from sd_lens.propagation.arguments import one_prompt, require_intervention, require_position
 from sd_lens.propagation.hutchinson import estimated_norms
 from sd_lens.propagation.jacobian_norms import exact_norms
 from sd_lens.propagation.jacobians import Output, chunk_of, recorded
 from sd_lens.propagation.marks import marks_of, require_same_prompt
-from sd_lens.propagation.sensitivity_result import Sensitivity
+from sd_lens.propagation.sensitivity_result import Norm, Sensitivity
 from sd_lens.tracing.arguments import require_block, require_blocks, require_seed, require_whole
 from sd_lens.tracing.defects import Defects
 
-Norm = Literal["frobenius", "spectral"]
 Method = Literal["exact", "hutchinson"]
 MEMORY = 2**30
 """Default for ``memory``: 1 GiB."""
@@ -104,11 +104,9 @@ def sensitivity(
     """
     require_usable(model)
     blocks = _require_options(model, of, sources, method, norms, n_probes, seed, chunk, memory)
-    if intervention is not None and (not isinstance(intervention, Intervention) or intervention.model is not model):
-        got = "one of another model" if isinstance(intervention, Intervention) else type(intervention).__name__
-        raise ValueError(f"intervention: got {got}; allowed: an Intervention of this model")
-    tokens = _one_prompt(model, prompt, prepend_bos)
-    at = _require_position(position, len(tokens))
+    require_intervention(model, intervention)
+    tokens = one_prompt(model, prompt, prepend_bos=prepend_bos)
+    at = require_position(position, len(tokens))
     if defects is not None:
         require_same_prompt(defects, tokens)
     marks = marks_of(model, tokens, defects)
@@ -153,20 +151,6 @@ def _whole(norms: Float[Tensor, "source before"], n_tokens: int) -> Float[Tensor
     """With zeros for the tokens after the position, but NaN where nothing was measured."""
     rest = norms[:, :1].expand(-1, n_tokens - norms.shape[1])
     return torch.cat([norms, torch.where(rest.isnan(), rest, 0.0)], dim=1).double().cpu()
-
-
-def _one_prompt(model: TransformerLensModel, prompt: Any, prepend_bos: bool | None) -> Int[Tensor, "pos"]:
-    sequences = tokenize(model, prompt, prepend_bos=prepend_bos)
-    if len(sequences) != 1:
-        raise ValueError(f"prompt: got {len(sequences)}; allowed: one")
-    return sequences[0]
-
-
-def _require_position(position: Any, n_tokens: int) -> int:
-    whole = isinstance(position, int) and not isinstance(position, bool)
-    if not whole or not -n_tokens <= position < n_tokens:
-        raise ValueError(f"position: got {position!r}; allowed: {-n_tokens} to {n_tokens - 1}, positions of the prompt")
-    return position % n_tokens
 
 
 def _require_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,8 @@ from sd_lens.propagation.jacobians import Output
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+Norm = Literal["frobenius", "spectral"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sd_lens.propagation.arguments import whole_numbers
 from sd_lens.propagation.decay import DecayFit, fit_decay
-from sd_lens.propagation.theory_arguments import whole_numbers
 from sd_lens.tracing.arguments import require_whole
 
 if TYPE_CHECKING:

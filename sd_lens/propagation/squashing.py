@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from sd_lens.interventions.intervention import Intervention
 from sd_lens.models import hook_names
 from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.models.running import require_shown
-from sd_lens.models.tokens import Prompts, decode_each, tokenize
+from sd_lens.models.tokens import Prompts, decode_each
+from sd_lens.propagation.arguments import one_prompt, require_intervention, require_position
 from sd_lens.propagation.constants import BlockGains, Heads, measure_gains
-from sd_lens.propagation.paths import path_weights, require_position
+from sd_lens.propagation.paths import path_weights
 from sd_lens.propagation.squashing_result import BlockConstants, SquashingBound
-
-if TYPE_CHECKING:
-    from sd_lens.interventions.intervention import Intervention
 
 
 def squashing_bound(
@@ -42,7 +43,7 @@ def squashing_bound(
         ‖∂y_n/∂v_i‖ ≤ C [Π_l (Λ_l/β1 + I)]_{n,i},   C = 1/β3 Π_l (σψ/β2 + 1).
 
     The paper's blocks have neither value nor output weights, and their attention does not depend on the tokens. For a real model the
-    constants are therefore measured on this prompt, so that the bound holds **with the attention patterns kept as they are**:
+    constants are therefore measured on this prompt up to the position, so that the bound holds **with the attention patterns kept as they are**:
 
     - ``1/β1``: division by the norm before attention, at the token where it is smallest; times the heads' output and value weights with that
       norm's gain (``heads``); times the largest spectral norm of the Jacobian of a norm after attention, where there is one.
@@ -95,22 +96,18 @@ def squashing_bound(
     given = {"beta1": beta1, "beta2": beta2, "beta3": beta3, "sigma_psi": sigma_psi}
     for name, value in given.items():
         _require_constant(name, value)
-    if intervention is not None and intervention.model is not model:
-        raise ValueError("intervention: got one of another model; allowed: an Intervention of this model")
-    sequences = tokenize(model, prompt, prepend_bos=prepend_bos)
-    if len(sequences) != 1:
-        raise ValueError(f"prompt: got {len(sequences)}; allowed: one")
-    tokens = sequences[0]
+    require_intervention(model, intervention)
+    tokens = one_prompt(model, prompt, prepend_bos=prepend_bos)
     place = require_position(position, len(tokens))
     n_blocks = int(model.cfg.n_layers)
     require_shown(model, [hook_names.pattern(block) for block in range(n_blocks)], int(tokens[0]))
     edits = () if intervention is None else intervention.fwd_hooks()
-    gains, final = measure_gains(model, tokens, heads=heads, edits=edits, position=place, progress=progress)
+    # Tokens after the position have no part in its output, so constants need not hold for them.
+    gains, final = measure_gains(model, tokens[: place + 1], heads=heads, edits=edits, progress=progress)
     constants = tuple(_constants(block, gain, beta1=beta1, beta2=beta2, sigma_psi=sigma_psi) for block, gain in enumerate(gains))
-    paths = path_weights([gain.attention.double() / row.beta1 for gain, row in zip(gains, constants, strict=True)], position=place)
+    paths = path_weights([gain.attention.double() / row.beta1 for gain, row in zip(gains, constants, strict=True)])
     by_token = path_weights(
         [_by_token(gain, beta1) for gain in gains],
-        position=place,
         token_gains=torch.stack([1 + _ffn_by_token(gain, beta2, sigma_psi) for gain in gains]),
     )
     beta3 = 1 / final if beta3 is None else float(beta3)
@@ -125,12 +122,17 @@ def squashing_bound(
         beta3=beta3,
         given=tuple(name for name, value in given.items() if value is not None),
         intervention=None if intervention is None else intervention.name,
-        shares=paths.shares,
+        shares=_whole(paths.shares, len(tokens)),
         log10_weight=paths.log10_total,
         log10_constant=steps.cumsum(0),
-        token_shares=by_token.shares,
+        token_shares=_whole(by_token.shares, len(tokens)),
         log10_token_bound=by_token.log10_total - math.log10(beta3),
     )
+
+
+def _whole(shares: Float[Tensor, "depth before"], n_tokens: int) -> Float[Tensor, "depth pos"]:
+    """With zeros for the tokens after the position."""
+    return torch.nn.functional.pad(shares, (0, n_tokens - shares.shape[-1]))
 
 
 def _require_constant(name: str, value: Any) -> None:

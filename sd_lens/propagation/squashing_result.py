@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sd_lens.propagation.sensitivity_result import Sensitivity
+from sd_lens.propagation.sensitivity_result import Norm, Sensitivity
 from sd_lens.tracing.arguments import require_whole
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Norm = Literal["spectral", "frobenius"]
 Which = Literal["theorem", "token"]
 
 

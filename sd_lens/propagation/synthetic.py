@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sd_lens.models.precision import PRECISIONS
+from sd_lens.propagation.arguments import chosen, require_heads, whole_numbers
 from sd_lens.propagation.decay import DecayFit, fit_decay
 from sd_lens.propagation.mean_field import ScoreLaw, expected_distance
 from sd_lens.propagation.positions import POSITIONS, Positions, alibi_slopes, placed_pattern, rotate, sinusoids
-from sd_lens.propagation.theory_arguments import DTYPES, chosen, require_heads, whole_numbers
 from sd_lens.tracing.arguments import require_whole
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def synthetic_collapse(
     """
     used = whole_numbers("lengths", lengths, 2)
     kinds = chosen("positions", positions, tuple(POSITIONS))
-    chosen("dtype", [dtype], DTYPES)
+    chosen("dtype", [dtype], tuple(PRECISIONS.values()))
     require_heads(n_heads, d_model)
     require_whole("seeds", seeds, 1)
     shape = (len(kinds), seeds, len(used))

@@ -9,6 +9,7 @@ from tokenizer import tiny_tokenizer, with_tokenizer
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sd_lens.propagation.answering import answer_probes
+from sd_lens.propagation.candidates import _spellings
 from sd_lens.propagation.probes import probe
 
 
@@ -163,6 +164,22 @@ def test_samples_and_tables(model):
     assert list(answers.mean_absolute_error.values()) == pytest.approx(errors.mean(1).tolist())
     right = int(table["correct"].sum())
     assert repr(answers).endswith(f"bernoulli by logits: {right} of 6 right, lengths 2 to 6)")
+
+
+def test_default_candidates_are_few_where_numbers_are_large(model):
+    found = probe(model, "count-ones")
+
+    def numbers(*expected):
+        return set(_spellings(model, found, None, expected))
+
+    assert numbers(3, 12) == {*range(18)}
+    assert numbers(58) == {*range(64)}
+    assert numbers(59) == {*range(65)}
+    wanted = {*range(65), 100, 1000, 128, 256, 512, 1024, *range(95, 106), 50, 200, *range(995, 1006), 500, 1100}
+    assert numbers(1000, 100) == wanted
+    lengths = [round(2 ** (step / 4)) for step in range(4, 53)]
+    assert len(numbers(*lengths)) < 500
+    assert set(lengths) <= numbers(*lengths)
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 
 from sd_lens.interventions.subspace import ExplosionSubspace
 from sd_lens.models.planted import planted
+from sd_lens.propagation import consequences
 from sd_lens.propagation.collapse import collapse_curve
 from sd_lens.propagation.consequences import propagation_consequences
 from sd_lens.propagation.probes import probe
@@ -74,3 +76,28 @@ def test_bad_input(as_users_run_it):
     ]:
         with pytest.raises(ValueError, match=message):
             propagation_consequences(truth.model, "count-ones", LENGTHS, **arguments)
+
+
+def test_bad_input_is_refused_before_any_pass(as_users_run_it, monkeypatch):
+    model = planted("gpt2").model
+    one = probe(model, "count-ones", symbols={"one": 12}, prepend_bos=False)
+
+    def run(*_, **__):
+        raise AssertionError("a pass")
+
+    monkeypatch.setattr(consequences, "find_defects", run)
+    monkeypatch.setattr(consequences, "collapse_curve", run)
+    for lengths, prompt, message in [
+        (LENGTHS, torch.ones(2, 3, dtype=torch.long), "^prompt: got 2; allowed: one"),
+        (LENGTHS, torch.tensor([[10**6]]), "1000000"),
+        ([10**6], None, "^lengths: got 1000000"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            propagation_consequences(model, one, lengths, prompt=prompt)
+
+
+def test_where_no_block_explodes_a_subspace_must_be_given():
+    model = zoo.cached("llama")
+    one = probe(model, "count-ones", symbols={"one": 12})
+    with pytest.raises(ValueError, match=r"^subspace: got None, and no block explodes; allowed: an ExplosionSubspace"):
+        propagation_consequences(model, one, LENGTHS)

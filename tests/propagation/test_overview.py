@@ -10,12 +10,13 @@ import pytest
 import torch
 import zoo
 from shared import planted
+from tokenizer import with_tokenizer
 
 from sd_lens.display.propagation_page import render_propagation
 from sd_lens.display.propagation_records import collapse_record
 from sd_lens.propagation import overview
 from sd_lens.propagation.collapse import collapse_curve
-from sd_lens.propagation.overview import FEW, propagation
+from sd_lens.propagation.overview import FEW, propagation_overview
 from sd_lens.propagation.probes import probe
 from sd_lens.propagation.sensitivity import sensitivity
 from sd_lens.propagation.squashing import squashing_bound
@@ -28,7 +29,7 @@ IDS = torch.tensor([5, 9, 7, 9, 7, 9, 11])
 def found():
     options = {"separators": [2], "without_explosion": True, "answers": True, "dtypes": ["float32"], "progress": False}
     symbols = {"zero": 3, "one": 4, "separator": 6}
-    return propagation(planted().model, [IDS], probe_options={"symbols": symbols}, lengths=[2, 8], **options)
+    return propagation_overview(planted().model, [IDS], probe_options={"symbols": symbols}, lengths=[2, 8], **options)
 
 
 def test_its_parts_are_those_of_the_single_calls(found):
@@ -50,7 +51,7 @@ def test_its_parts_are_those_of_the_single_calls(found):
 
 
 def test_without_digits_the_prompts_commonest_tokens_stand_in_for_them():
-    found = propagation(planted().model, [IDS], dtypes=["float32"], progress=False)
+    found = propagation_overview(planted().model, [IDS], dtypes=["float32"], progress=False)
     symbols = found.curve.probe["symbols"]
     assert (symbols["one"]["id"], symbols["zero"]["id"]) == (9, 7)
     assert found.notes == (
@@ -58,15 +59,15 @@ def test_without_digits_the_prompts_commonest_tokens_stand_in_for_them():
     )
     assert found.curve.lengths == tuple(length for length in FEW if length < planted().model.cfg.n_ctx)
     with pytest.raises(ValueError, match=r"^symbols\.zero: got '0'"):
-        propagation(planted().model, [IDS], probe="copy-last")
+        propagation_overview(planted().model, [IDS], probe="copy-last")
     with pytest.raises(ValueError, match="tokenizer"):
-        propagation(planted().model, [IDS[:2]])  # no two tokens to choose
+        propagation_overview(planted().model, [IDS[:2]])  # no two tokens to choose
 
 
 def test_lengths_that_leave_no_room_are_left_out_and_said_to_be():
     options = {"metrics": "linf", "dtypes": ["float32"], "separators": [1], "answers": True, "progress": False}
     symbols = {"zero": 13, "one": 14, "separator": 16}
-    found = propagation(
+    found = propagation_overview(
         zoo.cached("gpt2"), [IDS], probe="copy-last", probe_options={"symbols": symbols}, lengths=[4, 40, 60], **options
     )
     assert found.mitigations.lengths == (4,)
@@ -76,7 +77,9 @@ def test_lengths_that_leave_no_room_are_left_out_and_said_to_be():
 
 def test_what_cannot_be_had_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(overview, "EXACT_WIDTH", 16)
-    found = propagation(zoo.cached("llama"), [IDS], lengths=[2], dtypes=["float32"], without_explosion=True, progress=False)
+    found = propagation_overview(
+        zoo.cached("llama"), [IDS], lengths=[2], dtypes=["float32"], without_explosion=True, progress=False
+    )
     assert found.consequences is None
     assert found.missing.keys() == {"consequences"}
     assert "explo" in found.missing["consequences"]
@@ -84,11 +87,21 @@ def test_what_cannot_be_had_is_left_out_with_the_reason(monkeypatch):
     assert (found.sensitivity.method, found.sensitivity.n_products) == ("hutchinson", 32)
 
 
+def test_bos_stands_before_prompt_and_probe_or_before_neither():
+    model = with_tokenizer("gpt2")
+    for bos in (True, False):
+        options = {"lengths": [2], "dtypes": ["float32"], "metrics": "linf", "progress": False}
+        found = propagation_overview(model, "a b", prepend_bos=bos, **options)
+        assert len(found.curve.probe["before"]) == bos
+        assert (int(found.sensitivity.tokens[0]) == zoo.BOS) == bos
+
+
 @pytest.mark.parametrize(
     ("options", "needle"),
     [
         ({"separators": [0]}, r"separators: got 0; allowed: a whole number from 1"),
         ({"lengths": [999]}, r"lengths: got 999, whose longest sequence has 1000 tokens; allowed"),
+        ({"lengths": "all"}, r"lengths: got 'all'; allowed: 'few', whole numbers from 1, or None"),
         ({"layers": 6}, r"layers: got 6; allowed: 0 to 5, 'final'"),
         ({"metrics": "l3"}, r"metrics: got 'l3'; allowed"),
         ({"dtypes": ["int8"]}, r"dtypes: got 'int8'; allowed"),
@@ -98,7 +111,7 @@ def test_what_cannot_be_had_is_left_out_with_the_reason(monkeypatch):
 )
 def test_bad_input(as_users_run_it, options, needle):
     with pytest.raises(ValueError, match=f"^{needle}"):
-        propagation(planted().model, **({"prompt": [IDS]} | options))
+        propagation_overview(planted().model, **({"prompt": [IDS]} | options))
 
 
 def test_sentences_say_where_collapse_begins(found):
@@ -133,7 +146,9 @@ def test_the_record_holds_the_results_and_is_strict(found):
     assert (record["schema"], record["model"], record["d_model"], record["n_blocks"]) == ("sd_lens.collapse/1", "planted", 64, 6)
     assert record["rows"] == found.curve.rows()
     critical = found.critical_lengths[0]
-    assert record["critical_length"] == {"float32": {"below_epsilon": critical.below_epsilon, "equal": critical.equal}}
+    lengths = {"below_epsilon": critical.below_epsilon, "equal": critical.equal}
+    assert record["critical_length"] == {"float32": {"layer": "final", "metric": "linf_heads", **lengths}}
+    assert [(row["dtype"], row["measured"]) for row in record["critical_lengths"]] == [("float32", "float32")]
     felt = record["sensitivity"]["rows"]
     assert [row["frobenius"] for row in felt] == found.sensitivity.frobenius[0].tolist()
     assert [row["high_norm"] for row in felt] == found.sensitivity.high_norm.tolist()

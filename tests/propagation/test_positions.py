@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sd_lens.propagation.arguments import chosen, require_heads, whole_numbers
 from sd_lens.propagation.positions import POSITIONS, alibi_slopes, attention_pattern, rotate, sinusoids
-from sd_lens.propagation.theory_arguments import chosen, require_heads, whole_numbers
 
 
 def test_sinusoids_are_those_of_vaswani():

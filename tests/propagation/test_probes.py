@@ -1,6 +1,8 @@
 import json
 import warnings
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -214,6 +216,31 @@ def test_lengths_must_fit_into_the_context(model):
         require_lengths(model, found, [10**12])  # and nothing of that size is made
 
 
+def test_lengths_may_be_numpys(model):
+    found = require_lengths(model, probe(model), np.array([4, 1, 4]))
+    assert found == (1, 4)
+    assert {type(length) for length in found} == {int}
+
+
+def test_a_probe_of_another_vocabulary_is_refused(model):
+    own = probe(model)
+    one, zero = (own.symbols[name] for name in ("one", "zero"))
+    # Models of a family share their vocabulary, whatever they are called; ids of a model without tokenizer are nobody's.
+    assert require_lengths(model, replace(own, model_name="other"), [2]) == (2,)
+    assert require_lengths(zoo.cached("llama"), own, [2]) == (2,)
+    assert require_lengths(model, probe(zoo.cached("llama"), symbols={"one": one, "zero": zero}), [2]) == (2,)
+    swapped = replace(own, texts=own.texts | {one: own.texts[zero], zero: own.texts[one]}, model_name="other")
+    with pytest.raises(ValueError, match=r"^probe: got one of 'other'; allowed: one made for this model"):
+        require_lengths(model, swapped, [2])
+    beyond = int(model.cfg.d_vocab)
+    with pytest.raises(
+        ValueError, match=rf"^probe: got ids up to {beyond}, of 'other'; allowed: ids of this model, up to {beyond - 1}"
+    ):
+        require_lengths(
+            model, replace(own, symbols={"one": beyond, "zero": zero}, texts=own.texts | {beyond: "1"}, model_name="other"), [2]
+        )
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -222,7 +249,8 @@ def test_lengths_must_fit_into_the_context(model):
         ({"contrast": "other"}, "contrast: got 'other'; allowed: 'repeated', 'changed'"),
         ({"name": "sum", "contrast": "changed"}, "contrast: got 'changed' with 'sum'; allowed: "),
         ({"level": "bytes"}, "level: got 'bytes'; allowed: 'tokens', 'text'"),
-        ({"separator_every": 0}, "separator_every: got 0; allowed: None, or at least 1"),
+        ({"separator_every": 0}, "separator_every: got 0; allowed: a whole number from 1"),
+        ({"separator_every": 2.5}, "separator_every: got 2.5; allowed: a whole number from 1"),
         ({"separator_every": 1, "separator": "§§"}, "symbols.separator: the vocabulary of .* has no token '§§'; allowed: "),
         ({"symbols": {"one": "<unk>x"}}, "symbols.one: the vocabulary of .* has no token '<unk>x'; allowed: "),
         ({"symbols": {"one": 101}}, "symbols.one: got 101; allowed: token ids, 0 to 100"),
@@ -238,7 +266,10 @@ def test_lengths_must_fit_into_the_context(model):
         ({"name": "count-word", "word": []}, "word: got no token; allowed: at least one"),
         ({"p": 0.0}, "p: got 0.0; allowed: between 0 and 1"),
         ({"p": 1.0}, "p: got 1.0; allowed: between 0 and 1"),
-        ({"name": "bernoulli", "samples": 0}, "samples: got 0; allowed: at least 1"),
+        ({"name": "bernoulli", "samples": 0}, "samples: got 0; allowed: a whole number from 1"),
+        ({"name": "bernoulli", "samples": 2.5}, "samples: got 2.5; allowed: a whole number from 1"),
+        ({"seed": "a"}, "seed: got 'a'; allowed: 0 to "),
+        ({"p": "a"}, "p: got 'a'; allowed: between 0 and 1"),
         ({"samples": 2}, "samples: got 2 with 'repeat-last', which has one pair per length; allowed: 1, or 'bernoulli'"),
     ],
 )
@@ -275,6 +306,6 @@ def test_bad_lengths_and_samples_are_named(model):
         found.sequence(3, 1)
     with pytest.raises(ValueError, match="lengths: got none; allowed: at least one"):
         found.longest([])
-    for wrong, shown in (([], "none"), ([3, 0], "0"), ([2.5], "2.5"), ([True], "True")):
+    for wrong, shown in (([], "none"), ([3, 0], "0"), ([2.5], "2.5"), ([1, True], "True"), ([[1]], r"\[1\]")):
         with pytest.raises(ValueError, match=f"lengths: got {shown}; allowed: at least one whole number of elements"):
             require_lengths(model, found, wrong)

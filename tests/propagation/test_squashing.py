@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +154,17 @@ def test_measured_constants_make_up_the_bound():
     assert half.constants[1].ffn_gain == pytest.approx(found.constants[1].sigma_psi / found.constants[1].beta2)
 
 
+def test_what_stands_after_the_position_has_no_part_in_it():
+    model = zoo.cached("gpt2")
+    tokens = zoo.tokens(model, 1, N)
+    found, cut = squashing_bound(model, tokens, position=3), squashing_bound(model, tokens[:, :4])
+    assert (found.constants, found.beta3) == (cut.constants, cut.beta3)
+    for which in ("theorem", "token"):
+        torch.testing.assert_close(found.log10_bounds(which)[:, :4], cut.log10_bounds(which))
+    assert not bool(found.shares[:, 4:].any() | found.token_shares[:, 4:].any())
+    assert (found.shares.shape, len(found.texts)) == ((model.cfg.n_layers + 1, N), N)
+
+
 def test_rank_correlation_and_slack():
     model = zoo.cached("llama")
     tokens = zoo.tokens(model, 1, N)
@@ -213,7 +223,7 @@ def test_table_and_repr(plain):
         ({"beta1": "1"}, "beta1: got '1'; allowed"),
         ({"position": N}, f"position: got {N}; allowed: -{N} to {N - 1}"),
         ({"prompt": torch.ones(2, 3, dtype=torch.long)}, "prompt: got 2; allowed: one"),
-        ({"intervention": SimpleNamespace(model=None)}, "intervention: got one of another model"),
+        ({"intervention": "x"}, "intervention: got str; allowed: an Intervention of this model, or None"),
     ],
 )
 def test_bad_input(options, complaint):

@@ -1,16 +1,61 @@
-"""Arguments that the theory's functions share, checked before any work."""
+"""Arguments that several functions share, checked before any work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from sd_lens.interventions.intervention import Intervention
+from sd_lens.models.protocol import TransformerLensModel
+from sd_lens.models.tokens import Prompts, tokenize
 from sd_lens.tracing.arguments import require_whole
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Precisions that can be run in."""
+
+def one_prompt(model: TransformerLensModel, prompt: Prompts, *, prepend_bos: bool | None = None) -> Int[Tensor, "pos"]:
+    """Token ids of a prompt.
+
+    Args:
+        model: A TransformerLens model.
+        prompt: One prompt, as text or token ids.
+        prepend_bos: Passed to the tokenisation of a string; None is the model's default.
+
+    Raises:
+        ValueError: The prompt is unusable, or there are several.
+    """
+    sequences = tokenize(model, prompt, prepend_bos=prepend_bos)
+    if len(sequences) != 1:
+        raise ValueError(f"prompt: got {len(sequences)}; allowed: one")
+    return sequences[0]
+
+
+def require_position(position: Any, n: int) -> int:
+    """A position counted from the start.
+
+    Args:
+        position: Position, negative from the end.
+        n: How many there are.
+
+    Raises:
+        ValueError: There is no such position.
+    """
+    if not isinstance(position, int) or isinstance(position, bool) or not -n <= position < n:
+        raise ValueError(f"position: got {position!r}; allowed: {-n} to {n - 1}")
+    return position % n
+
+
+def require_intervention(model: TransformerLensModel, intervention: Any) -> None:
+    """Raises `ValueError` unless an intervention is one of this model, or None.
+
+    Args:
+        model: A TransformerLens model.
+        intervention: What was given.
+    """
+    if intervention is not None and (not isinstance(intervention, Intervention) or intervention.model is not model):
+        got = "one of another model" if isinstance(intervention, Intervention) else type(intervention).__name__
+        raise ValueError(f"intervention: got {got}; allowed: an Intervention of this model, or None")
 
 
 def whole_numbers(argument: str, values: Any, least: int, *, even: bool = False) -> tuple[int, ...]:
