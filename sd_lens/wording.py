@@ -103,16 +103,19 @@ def _critical(found: Propagation) -> str:
     for critical in every:
         if critical.measured != critical.dtype:
             continue
-        where = "nowhere" if critical.below_epsilon is None else f"from length {critical.below_epsilon} on"
+        where = "never" if critical.below_epsilon is None else f"from length {critical.below_epsilon} on"
         if critical.below_epsilon is None:
             finer = next(
                 (one for one in every if one.dtype == critical.dtype and one.measured != one.dtype and one.below_epsilon), None
             )
-            where += "" if finer is None else f" (by {finer.measured}'s distances from length {finer.below_epsilon} on)"
+            where = "never" if finer is None else f"never (by {finer.measured}'s distances from length {finer.below_epsilon} on)"
         where += "" if critical.equal is None else f" (equal to the bit at length {critical.equal})"
         groups.setdefault(where, []).append(critical.dtype)
-    pieces = [f"in {' and '.join(dtypes)} {where}" for where, dtypes in groups.items()]
-    return f"Up to length {found.curve.lengths[-1]} they stay below machine epsilon {'; '.join(pieces)}."
+    pieces = []
+    for where, dtypes in groups.items():
+        never, named = where.startswith("never"), " and ".join(dtypes)
+        pieces.append(f"never in {named}{where.removeprefix('never')}" if never else f"in {named} {where}")
+    return f"Below machine epsilon they stay, up to length {found.curve.lengths[-1]}: {'; '.join(pieces)}."
 
 
 def _felt(found: Propagation) -> str:

@@ -17,7 +17,7 @@ from sd_lens.models.loading import require_usable
 from sd_lens.models.protocol import TransformerLensModel
 from sd_lens.propagation.answers import Answer, Answers
 from sd_lens.propagation.candidates import Candidates, Node, candidate_tree
-from sd_lens.propagation.probes import DIGITS, Probe, require_lengths
+from sd_lens.propagation.probes import DIGITS, Probe, as_probe, require_lengths
 from sd_lens.propagation.symbols import require_tokenizer
 from sd_lens.tracing.trace import not_finite
 
@@ -27,7 +27,7 @@ _Asked = tuple[int, int, bool]
 
 def answer_probes(
     model: TransformerLensModel,
-    probe: Probe,
+    probe: Probe | str,
     lengths: Sequence[int],
     *,
     by: Literal["logits", "generation"] = "logits",
@@ -73,6 +73,7 @@ def answer_probes(
         ((0, 1), 3, 0)
     """
     require_usable(model)
+    probe = as_probe(model, probe)
     if by not in ("logits", "generation"):
         raise ValueError(f"by: got {by!r}; allowed: 'logits', 'generation'")
     ordered = require_lengths(model, probe, lengths)

@@ -19,8 +19,7 @@ from sd_lens.models.windows import sliding_window
 from sd_lens.propagation.arguments import require_intervention
 from sd_lens.propagation.curve import LAYER, CollapseCurve, Line
 from sd_lens.propagation.pair_distances import ABSOLUTE, PREDICTIONS, distance, require_metrics
-from sd_lens.propagation.probes import Probe, require_lengths
-from sd_lens.propagation.probes import probe as make_probe
+from sd_lens.propagation.probes import Probe, as_probe, require_lengths
 from sd_lens.tracing.arguments import require_block, require_whole
 
 FINAL = "final"
@@ -53,10 +52,11 @@ def collapse_curve(
 
     Args:
         model: A TransformerLens model.
-        probe: A `Probe`, or a name of `PROBES` for one without separators and question.
+        probe: A `Probe`, or a name (see `probe`) for one without separators and question.
         lengths: Lengths of the pairs' first sequences, in content elements; None for about four per doubling up to the model's context, or 8192.
         layers: Blocks, whose output is meant, or ``"final"``, after the final norm.
-        metrics: Names of `METRICS`. ``"kl"`` and ``"argmax"`` are of the model's predictions, whatever the layers.
+        metrics: Names of `sd_lens.propagation.pair_distances.METRICS`: ``"linf"``, ``"l2"``, ``"l1"``, each also with ``"_heads"``, ``"relative"``,
+            ``"cosine"``, ``"kl"``, ``"argmax"``. ``"kl"`` and ``"argmax"`` are of the model's predictions, whatever the layers.
         dtypes: Precisions: float64, float32, bfloat16, float16. Weights are converted from what the model holds. What transformers computes in
             float32 whatever the model's precision (norms, softmax, angles of rotary positions) it computes in float32 here, too: in a
             float64 run some rounding is float32's.
@@ -86,10 +86,7 @@ def collapse_curve(
     types = require_runnable(model, [dtypes] if isinstance(dtypes, str | torch.dtype) else list(dtypes))
     require_whole("batch_tokens", batch_tokens, 1)
     require_intervention(model, intervention)
-    if isinstance(probe, str):
-        probe = make_probe(model, probe)
-    elif not isinstance(probe, Probe):
-        raise ValueError(f"probe: got {type(probe).__name__}; allowed: a Probe or its name")
+    probe = as_probe(model, probe)
     ordered = default_lengths(model, probe) if lengths is None else require_lengths(model, probe, lengths)
     if shared is None:
         shared = (intervention is None or sliding_window(model) is None) and can_share(model)

@@ -41,9 +41,11 @@ class CriticalLength:
     longest: int
 
     def __str__(self) -> str:
-        below, equal = ("none" if length is None else str(length) for length in (self.below_epsilon, self.equal))
+        below = "never below" if self.below_epsilon is None else "below"
+        since = "" if self.below_epsilon is None else f" from length {self.below_epsilon}"
+        equal = "never equal to the bit" if self.equal is None else f"equal to the bit at length {self.equal}"
         measured = "" if self.measured == self.dtype else f" (as computed in {self.measured})"
-        return f"{self.dtype}: below {self.epsilon:.3g}{measured} from length {below}, equal to the bit at {equal} (up to {self.longest})"
+        return f"{self.dtype}: {below} {self.epsilon:.3g}{measured}{since}, {equal} (up to length {self.longest})"
 
 
 def critical_length(

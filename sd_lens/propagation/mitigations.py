@@ -122,7 +122,8 @@ def mitigations(
 
     Args:
         model: A TransformerLens model.
-        name: One of `PROBES`.
+        name: One of `sd_lens.propagation.probes.PROBES`: ``"repeat-last"``, ``"count-ones"``, ``"bernoulli"``, ``"copy-first"``, ``"copy-last"``,
+            ``"sum"`` or ``"count-word"``.
         lengths: Lengths in content elements; None for about four per doubling up to what fits with separators.
         every: After how many elements separators are put.
         dtypes: Precisions.

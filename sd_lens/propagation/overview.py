@@ -93,7 +93,7 @@ def propagation_overview(
         >>> from sd_lens.models.loading import load
         >>> found = propagation_overview(load("tiny"), "The cat sat on the mat.", lengths=[1, 16])
         >>> [str(critical) for critical in found.critical_lengths][1]
-        'bfloat16: below 0.00781 from length none, equal to the bit at none (up to 16)'
+        'bfloat16: never below 0.00781, never equal to the bit (up to length 16)'
     """
     require_usable(model)
     for number in separators:

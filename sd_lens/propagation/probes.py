@@ -18,6 +18,7 @@ from sd_lens.propagation.symbols import (
     encode_after,
     one_token,
     require_ids,
+    require_known,
     require_tokenizer,
 )
 from sd_lens.propagation.templates import TEMPLATES
@@ -63,7 +64,8 @@ def probe(
 
     Args:
         model: A TransformerLens model; it is not run.
-        name: One of `PROBES`.
+        name: One of `sd_lens.propagation.probes.PROBES`: ``"repeat-last"``, ``"count-ones"``, ``"bernoulli"``, ``"copy-first"``, ``"copy-last"``,
+            ``"sum"`` or ``"count-word"``.
         separator_every: Put a separator after every so many elements, though not after the last; None for none. An element repeated once more
             may thus have a separator before it.
         separator: The separator, as text of one token or as an id.
@@ -75,7 +77,8 @@ def probe(
         level: ``"tokens"``, or ``"text"``: the probe is written out and tokenised as a whole, as a user's prompt would be.
         symbols: Ids, or other texts, for ``"zero"``, ``"one"``, ``"plus"`` and ``"separator"``; for a model without tokenizer ids of those that
             the probe uses.
-        word: What ``"count-word"`` repeats: text, taken with the space it has between words, or ids. Default: "dog".
+        word: What ``"count-word"`` repeats: text, taken with the space it has between words, or ids. It may be several tokens, where the
+            tokenizer spells it in pieces or bytes. Default: "dog".
         p: Probability of a one among the random digits of ``"bernoulli"``.
         seed: Seeds them.
         samples: Pairs per length; more than one of ``"bernoulli"`` only, where the default is 5.
@@ -135,6 +138,23 @@ def probe(
     )
 
 
+def as_probe(model: TransformerLensModel, given: Probe | str) -> Probe:
+    """A probe, or the plain one of a name.
+
+    Args:
+        model: A TransformerLens model.
+        given: A probe or its name.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(given, str):
+        return probe(model, given)
+    if not isinstance(given, Probe):
+        raise ValueError(f"probe: got {type(given).__name__}; allowed: a Probe or its name")
+    return given
+
+
 def _require_options(name: str, contrast: str, level: str, separator_every: int | None, p: float, seed: int) -> None:
     if name not in PROBES:
         raise ValueError(f"name: got {name!r}; allowed: {', '.join(map(repr, PROBES))}")
@@ -187,7 +207,7 @@ def _word(model: Any, name: str, word: str | int | Ids | None) -> tuple[int, ...
     require_tokenizer(model, "word", word, "token ids")
     if not word.strip():
         raise ValueError(f"word: got {word!r}; allowed: a word")
-    return require_ids(model, "word", encode_after(model, f" {word.strip()}", anchors=(word.strip(),)))
+    return require_known(model, "word", word, encode_after(model, f" {word.strip()}", anchors=(word.strip(),)))
 
 
 def _before(model: Any, before: str | Ids | None, prepend_bos: bool | None) -> tuple[int, ...]:
@@ -196,7 +216,7 @@ def _before(model: Any, before: str | Ids | None, prepend_bos: bool | None) -> t
         return start
     if isinstance(before, str):
         require_tokenizer(model, "before", before, "token ids")
-        return (*start, *require_ids(model, "before", encode(model, before)))
+        return (*start, *require_known(model, "before", before, encode(model, before)))
     ids = require_ids(model, "before", before)
     return ids if ids[: len(start)] == start else (*start, *ids)
 
@@ -206,7 +226,7 @@ def _after(model: Any, after: str | Ids | None) -> tuple[int, ...]:
         return ()
     if isinstance(after, str):
         require_tokenizer(model, "after", after, "token ids")
-        return require_ids(model, "after", encode_after(model, after))
+        return require_known(model, "after", after, encode_after(model, after))
     return require_ids(model, "after", after)
 
 

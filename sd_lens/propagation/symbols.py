@@ -115,6 +115,27 @@ def encode(model: Any, text: str) -> list[int]:
     return model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist() if text else []
 
 
+def require_known(model: Any, argument: str, text: str, ids: Sequence[int]) -> tuple[int, ...]:
+    """Token ids of a text, unless the tokenizer has put its unknown token in them for what it cannot spell.
+
+    Args:
+        model: A TransformerLens model with a tokenizer.
+        argument: What the text was given as.
+        text: The text.
+        ids: Its token ids.
+
+    Raises:
+        ValueError: The unknown token is among them.
+    """
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids and unknown != getattr(model.tokenizer, "eos_token_id", None):
+        raise ValueError(
+            f"{argument}: got {text!r}, of which the vocabulary lacks a part (token {model.tokenizer.unk_token!r} would stand for it); "
+            "allowed: text of its tokens, or token ids"
+        )
+    return require_ids(model, argument, ids)
+
+
 def encode_after(model: Any, text: str, anchors: Sequence[str] = _ANCHORS) -> list[int]:
     """Token ids of a text where it stands behind other text, without the space that some tokenizers put before all that they read.
 

@@ -207,3 +207,11 @@ def test_default_candidates_are_few_where_numbers_are_large(model):
 def test_bad_input_is_named(model, name, lengths, options, message):
     with pytest.raises(ValueError, match=message):
         answer_probes(model, probe(model, name), lengths, **options)
+
+
+def test_probes_by_name(as_users_run_it):
+    from sd_lens.models.loading import load
+
+    assert [row.length for row in answer_probes(load("tiny"), "copy-last", [2]).rows] == [2]
+    with pytest.raises(ValueError, match=r"^probe: got int; allowed: a Probe or its name"):
+        answer_probes(load("tiny"), 3, [2])

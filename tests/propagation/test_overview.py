@@ -127,7 +127,7 @@ def test_sentences_say_where_collapse_begins(found):
         "and 0.001 at length 64 (L∞, float32)."
     )
     assert second == (
-        "Up to length 64 they stay below machine epsilon in float32 and float16 nowhere; in bfloat16 from length 64 on (equal to the bit at length 64)."
+        "Below machine epsilon they stay, up to length 64: never in float32 and float16; in bfloat16 from length 64 on (equal to the bit at length 64)."
     )
     felt = found.sensitivity
     most = int(felt.frobenius[0].argmax())
@@ -138,7 +138,7 @@ def test_sentences_say_where_collapse_begins(found):
     never = propagated(
         replace(made, curve=replace(made.curve, values=lines, equal=dict.fromkeys(equal, equal["float32", "final"])))
     )
-    assert "in bfloat16 nowhere (by float32's distances from length 64 on)" in never[1]
+    assert "never in bfloat16 (by float32's distances from length 64 on)" in never[1]
 
 
 def test_the_record_holds_the_results_and_is_strict(found):

@@ -309,3 +309,26 @@ def test_bad_lengths_and_samples_are_named(model):
     for wrong, shown in (([], "none"), ([3, 0], "0"), ([2.5], "2.5"), ([1, True], "True"), ([[1]], r"\[1\]")):
         with pytest.raises(ValueError, match=f"lengths: got {shown}; allowed: at least one whole number of elements"):
             require_lengths(model, found, wrong)
+
+
+def test_text_that_the_vocabulary_lacks_is_refused():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "0": 2, "1": 3, "dog": 4, "</s>": 5}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    model = zoo.build("llama")
+    model.set_tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    ) if hasattr(model, "set_tokenizer") else setattr(
+        model,
+        "tokenizer",
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"),
+    )
+    assert probe(model, "count-word", prepend_bos=False).sequence(2).tolist() == [4, 4]
+    for options in ({"word": "cat"}, {"before": "count the dog"}, {"after": "how many"}):
+        name = "count-word" if "word" in options else "count-ones"
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: got .* of which the vocabulary lacks a part"):
+            probe(model, name, prepend_bos=False, **options)
